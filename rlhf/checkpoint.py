@@ -36,6 +36,7 @@ def layout(args: PPOConfig, world_size: int, uses_peft: bool) -> dict[str, objec
         "num_ppo_epochs": args.num_ppo_epochs,
         "num_generations": args.num_generations,
         "critic": args.critic,
+        "critic_head": args.critic_head,
         "peft": uses_peft,
     }
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
-from rlhf.losses import PolicyLoss, ValueLoss, kl_estimate
+from rlhf.losses import PolicyLoss, ValueLoss, explained_variance, kl_estimate, midpoint_levels
 from rlhf.masking import Sum, masked_mean, masked_mean_and_var, masked_sum
 
 
@@ -83,18 +83,14 @@ def score_summary(scores: Tensor, threshold: float | None, prefix: str = "reward
     return {f"{prefix}/{name}": value for name, value in summary.items() if math.isfinite(value)}
 
 
-def add_rollout_metrics(
-    metrics: MetricAverages, log_ratio: Tensor, returns: Tensor, mask: Tensor, finished: Tensor, *, all_sum: Sum
-) -> None:
-    """Distance to the reference, returns and lengths of one rank's rollout.
+def add_rollout_metrics(metrics: MetricAverages, log_ratio: Tensor, mask: Tensor, finished: Tensor) -> None:
+    """Distance to the reference and lengths of one rank's rollout.
 
     Args:
         metrics: receives the numbers.
         log_ratio: (B, T) log π − log ref of the sampled tokens.
-        returns: (B, T) targets of the critic.
         mask: (B, T), True = keep.
         finished: (B,) completions that ended with a stop token.
-        all_sum: sum over ranks.
     """
     kept = mask.any(1)
     metrics.add("kl/reference", masked_mean(masked_sum(log_ratio, mask, dim=1), kept), kept.sum())
@@ -102,9 +98,45 @@ def add_rollout_metrics(
     metrics.add("kl/reference_k3_per_token", masked_mean(kl_estimate(log_ratio, mask, "k3"), mask), mask.sum())
     metrics.add("completion/length_mean", mask.sum(1).float().mean(), len(mask))
     metrics.add("completion/finished_share", finished.float().mean(), len(mask))
+
+
+def add_critic_metrics(
+    metrics: MetricAverages,
+    values: Tensor,
+    quantiles: Tensor | None,
+    returns: Tensor,
+    samples: Tensor,
+    mask: Tensor,
+    *,
+    all_sum: Sum,
+) -> None:
+    """What the critic knew about a rollout that it had not been trained on yet.
+
+    Args:
+        metrics: receives the numbers.
+        values: (B, T) predicted before the update.
+        quantiles: (B, T, K) predicted quantiles at the levels `midpoint_levels(K)`, or None.
+        returns: (B, T) targets of the critic.
+        samples: (B, T) discounted sums of the rewards that followed, which heads of both kinds can be compared by.
+        mask: (B, T), True = keep.
+        all_sum: sum over ranks.
+    """
     mean, variance = masked_mean_and_var(returns, mask, all_sum=all_sum)
     metrics.add("critic/return_mean", mean)
     metrics.add("critic/return_std", variance.sqrt())
+    metrics.add("critic/explained_variance", explained_variance(values, returns, mask, all_sum=all_sum))
+    metrics.add("critic/explained_variance_sampled", explained_variance(values, samples, mask, all_sum=all_sum))
+    if quantiles is None:
+        return
+    law = RewardDistribution(levels=midpoint_levels(quantiles.shape[-1]), values=quantiles)
+    lower, upper = law.quantile(torch.tensor([0.1, 0.9])).unbind(-1)
+    for name, per_token in (
+        ("coverage_0.1", (samples <= lower).float()),
+        ("coverage_0.9", (samples <= upper).float()),
+        ("spread", law.std()),
+        ("crossing_rate", law.crossings.float() / (quantiles.shape[-1] - 1)),
+    ):
+        metrics.add(f"critic/{name}", masked_mean(per_token, mask), mask.sum())
 
 
 @torch.no_grad()

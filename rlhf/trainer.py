@@ -21,10 +21,10 @@ from rlhf import models
 from rlhf.advantages import gae, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState, check_resumable, layout, load_state, load_weights, save_state, save_weights
 from rlhf.config import PPOConfig
-from rlhf.critic import ActorCritic, CompletionScores
-from rlhf.losses import clipped_policy_loss, clipped_value_loss, explained_variance
+from rlhf.critic import ActorCritic, CompletionScores, concatenate_scores
+from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
-from rlhf.metrics import MetricAverages, add_rollout_metrics, add_update_metrics, score_summary
+from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
 from rlhf.preflight import check_batches, check_launch, check_output_dir, check_prompts, prompt_budget
 from rlhf.rollout import Rollout, RolloutSampler, completions_of, generate, left_pad, tokenize_prompts
 from rlhf.scoring import RewardFunctions, shape_scores
@@ -163,13 +163,15 @@ class PPOTrainer(_BaseTrainer):
         if self.args.whiten_rewards:
             rewards = scale_only(rewards, completion_mask, all_sum=self._all_sum)
         advantages, returns = gae(rewards, policy.values, completion_mask, self.args.gamma, self.args.gae_lambda)
-        self._train_metrics.add(
-            "critic/explained_variance",
-            explained_variance(policy.values, returns, completion_mask, all_sum=self._all_sum),
-        )
+        # A λ-return is part sample, part mean; only the sum of the rewards is a sample of the return's own law.
+        _, samples = gae(rewards, torch.zeros_like(rewards), completion_mask, self.args.gamma, 1.0)
+        if policy.value_quantiles is not None:
+            returns = samples
+        critic = (policy.values, policy.value_quantiles, returns, samples)
+        add_critic_metrics(self._train_metrics, *critic, completion_mask, all_sum=self._all_sum)
         if self.args.whiten_advantages:
             advantages = centre_and_scale(advantages, completion_mask, all_sum=self._all_sum)
-        self._log_rollout(scores, log_ratio, returns, completion_mask, finished)
+        self._log_rollout(scores, log_ratio, completion_mask, finished)
         seconds = (generated - started, scored - generated, time.perf_counter() - scored)
         for phase, duration in zip(("generation", "scoring", "token_scores"), seconds, strict=True):
             self._train_metrics.add(f"time/{phase}_seconds", duration)
@@ -223,7 +225,7 @@ class PPOTrainer(_BaseTrainer):
                 else:
                     with self.accelerator.unwrap_model(self.model_wrapped).reference():
                         reference.append(self.model_wrapped(**batch, with_values=False))
-        return _concatenate(policy), _concatenate(reference)
+        return concatenate_scores(policy), concatenate_scores(reference)
 
     def _score(
         self, rows: list[dict], completion_ids: Tensor, mask: Tensor, finished: Tensor, metrics: MetricAverages
@@ -299,7 +301,10 @@ class PPOTrainer(_BaseTrainer):
             mask=mask,
             dual_clip=args.dual_clip,
         )
-        value = clipped_value_loss(scores.values, inputs.values, inputs.returns, args.value_clip_range, mask=mask)
+        if scores.value_quantiles is None:
+            value = clipped_value_loss(scores.values, inputs.values, inputs.returns, args.value_clip_range, mask=mask)
+        else:
+            value = quantile_value_loss(scores.value_quantiles, inputs.returns, args.critic_huber_kappa, mask=mask)
         # Weight 0 rather than no term: DDP expects a gradient, if only zero, from every parameter.
         policy_weight = 0.0 if warming_up else 1.0
         per_token = policy_weight * policy.loss + args.vf_coef * value.loss
@@ -389,14 +394,14 @@ class PPOTrainer(_BaseTrainer):
 
     # ---- Logging ----------------------------------------------------------------------------------------------
 
-    def _log_rollout(self, scores: Tensor, log_ratio: Tensor, returns: Tensor, mask: Tensor, finished: Tensor) -> None:
+    def _log_rollout(self, scores: Tensor, log_ratio: Tensor, mask: Tensor, finished: Tensor) -> None:
         args, state, metrics = self.args, self.ppo_state, self._train_metrics
         gathered = self.accelerator.gather(scores)
         if state.tail_threshold is None and gathered.isfinite().any():
             state.tail_threshold = float(gathered[gathered.isfinite()].float().quantile(0.05))
         for name, value in score_summary(gathered, state.tail_threshold).items():
             metrics.add(name, value)
-        add_rollout_metrics(metrics, log_ratio, returns, mask, finished, all_sum=self._all_sum)
+        add_rollout_metrics(metrics, log_ratio, mask, finished)
         metrics.add("kl/coef", state.kl_coef)
         if args.kl_target is not None:
             kl = masked_mean(masked_sum(log_ratio, mask, dim=1), scores.isfinite(), all_sum=self._all_sum).item()
@@ -461,7 +466,3 @@ class PPOTrainer(_BaseTrainer):
     def _layout(self) -> dict[str, object]:
         module = self.accelerator.unwrap_model(self.model)
         return layout(self.args, self.accelerator.num_processes, hasattr(module.policy, "peft_config"))
-
-
-def _concatenate(parts: list[CompletionScores]) -> CompletionScores:
-    return CompletionScores(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
