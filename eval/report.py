@@ -329,6 +329,12 @@ def _warnings(
         cut = decoding.get("top_p", 1.0) < 1 or decoding.get("top_k", 0) > 0 or decoding.get("temperature") == 0
         if cut and entry["kl"]:
             notes.append(f"{result.name}: decoding was not plain sampling, so its KL estimate is biased")
+        selection = result.completions[0].get("selection")
+        if selection:
+            notes.append(
+                f"{result.name}: the best of {selection['n']} by {selection['risk']}, {selection['scope']} scope, at "
+                f"{selection['n']} times the cost of generation; its KL is an upper bound"
+            )
     if measurement.threshold.reference is not None:
         frozen = measurement.threshold
         notes.append(

@@ -29,6 +29,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from trl import TrlParser
 
+from eval.completions import check_judge, read_completions
 from eval.generation import Decoding, as_prompt_dataset, generate_completions
 from eval.intervals import check_alpha, check_level
 from eval.judges import Judge, judge_completions, parse_judge
@@ -54,6 +55,13 @@ class PolicyArguments:
         metadata={
             "help": "Policies as NAME=PATH: a folder or hub id of a model, or of a PEFT adapter (required). "
             "The names appear in tables and plots."
+        },
+    )
+    completions: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Completions that are there already, as NAME=FILE, to be judged beside the policies: a file that "
+            "best_of_n.py or this recipe wrote."
         },
     )
     reference: str | None = field(
@@ -155,11 +163,15 @@ def main(policy: PolicyArguments, prompt: PromptArguments, judging: JudgeArgumen
     """Check, generate, judge, report."""
     state = PartialState(cpu=True) if output.use_cpu else PartialState()
     check_launch(output)
-    sources = named_paths("policies", policy.policies)
-    reference = policy.reference or next(iter(sources), "")
-    decoding, judge = check_arguments(policy, prompt, judging, output, sources, reference)
+    everything = named_paths("policies and --completions", [*policy.policies, *policy.completions])
+    sources = dict(list(everything.items())[: len(policy.policies)])
+    reference = policy.reference or next(iter(everything), "")
+    decoding, judge = check_arguments(policy, prompt, judging, output, everything, sources, reference)
+    ready = [(name, read_completions(path)) for name, path in everything.items() if name not in sources]
+    for name, rows in ready:
+        check_judge(rows, judge, name)
     with state.main_process_first():
-        prompts = load_prompts(prompt)
+        prompts = load_prompts(prompt) if sources else None
     folder = Path(output.output_dir)
     clock = Clock(folder / "seconds.json", output.stage_seconds, state.is_main_process)
     results = []
@@ -170,7 +182,7 @@ def main(policy: PolicyArguments, prompt: PromptArguments, judging: JudgeArgumen
                 source,
                 prompts,
                 name=name,
-                base=policy.base or sources[reference],
+                base=policy.base or sources.get(reference),
                 decoding=decoding,
                 path=path,
                 batch_size=prompt.batch_size,
@@ -179,13 +191,13 @@ def main(policy: PolicyArguments, prompt: PromptArguments, judging: JudgeArgumen
             )
         results.append((name, rows))
     judged = []
-    for name, rows in results:
+    for name, rows in results + ready:
         path = folder / "scores" / f"{file_name(name)}.jsonl"
         with clock.stage(f"judge {name}", path):
             judgement = judge_completions(judge, rows, reads=judging.judge_reads, path=path, name=name)
         judged.append(PolicyResult(name, rows, judgement))
     if state.is_main_process:
-        write_results(judged, judge, reference, sources, clock, policy, prompt, judging, output)
+        write_results(judged, judge, reference, everything, clock, policy, prompt, judging, output)
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -195,15 +207,17 @@ def check_arguments(
     prompt: PromptArguments,
     judging: JudgeArguments,
     output: OutputArguments,
+    everything: dict[str, str],
     sources: dict[str, str],
     reference: str,
 ) -> tuple[Decoding, Judge]:
     """Refuse what could not work before any model is loaded."""
-    for name, value in (("policies", sources), ("dataset_name", prompt.dataset_name), ("judge", judging.judge)):
+    needed = (("policies", everything), ("dataset_name", prompt.dataset_name or not sources), ("judge", judging.judge))
+    for name, value in needed:
         if not value:
             raise ValueError(f"--{name} is required: set it in the YAML file or as a flag.")
-    if reference not in sources:
-        raise ValueError(f"reference {reference!r} is not among the policies {', '.join(sources)}.")
+    if reference not in everything:
+        raise ValueError(f"reference {reference!r} is not among the policies {', '.join(everything)}.")
     for source in [*sources.values(), *([policy.base] if policy.base else [])]:
         check_source(source)
     if judging.judge_reads not in ("prompt+completion", "completion"):
@@ -299,7 +313,7 @@ def write_results(
     results: list[PolicyResult],
     judge: Judge,
     reference: str,
-    sources: dict[str, str],
+    everything: dict[str, str],
     clock: "Clock",
     policy: PolicyArguments,
     prompt: PromptArguments,
@@ -316,9 +330,10 @@ def write_results(
         resamples=judging.resamples,
         seed=prompt.seed,
     )
+    sources = dict(list(everything.items())[: len(policy.policies)])
     settings: dict[str, Any] = {
-        "policies": ", ".join(f"{name} = {path}" for name, path in sources.items()),
-        "base": policy.base or sources[reference],
+        "policies": ", ".join(f"{name} = {path}" for name, path in everything.items()),
+        "base": policy.base or sources.get(reference),
         "prompts": prompt.dataset_name,
         "decoding": results[0].completions[0]["decoding"],
         "versions": results[0].completions[0]["versions"],

@@ -1,0 +1,156 @@
+"""Take the best of n completions of each prompt by a risk measure of their predicted ratings: no training at all.
+
+    python recipes/best_of_n.py --completions runs/evaluation/completions/base.jsonl \\
+        --reward_model runs/quickstart/qrm --risk cvar:0.1 --risk_scope population --n 4 --output best_of_4.jsonl
+
+The completions are those that `evaluate.py --num_samples 4` writes. The selected ones go back to it, to be judged by
+another model than the one that selected them, beside any policies:
+
+    ... recipes/evaluate.py --config ... --completions best_of_4=best_of_4.jsonl
+
+Prints what the reward model thinks of its own choice, which is no measurement.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from trl import TrlParser
+
+from eval.completions import candidates, models_of, read_completions, read_pairs, selected_rows
+from eval.laws import predicted_laws
+from eval.records import Row, write_jsonl
+from eval.selection import MAX_ROUNDS, SCOPES, Selection, best_of_n_kl, select_best
+from reward.distribution import RewardDistribution
+from rlhf.influence import check_population_scope, population_law
+from rlhf.preflight import check_launch
+from rlhf.reward_function import RiskReward
+from rlhf.risk import RiskMeasure, parse_risk
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and the text above as it is written."""
+
+
+@dataclass
+class SelectionArguments:
+    """What is selected from, and by what."""
+
+    completions: str = field(
+        default=None, metadata={"help": "JSONL of evaluate.py with several completions per prompt (required)."}
+    )
+    reward_model: str = field(
+        default=None,
+        metadata={
+            "help": "Reward model that selects: a folder, a hub id or another source, as in ppo.py (required). "
+            "Not the judge."
+        },
+    )
+    risk: str = field(default="mean", metadata={"help": "Risk measure, as in ppo.py."})
+    risk_scope: str = field(
+        default="response",
+        metadata={
+            "help": "response: the measure of each answer's own law. population: of the law of all ratings of the "
+            "selected answers."
+        },
+    )
+    n: int | None = field(
+        default=None, metadata={"help": "Completions per prompt to select from. Unset: all that there are."}
+    )
+    output: str = field(default=None, metadata={"help": "JSONL to write, one completion per prompt (required)."})
+    name: str | None = field(default=None, metadata={"help": "What tables call it. Unset: the file's name."})
+    max_rounds: int = field(default=MAX_ROUNDS, metadata={"help": "Most rounds of a climb in population scope."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of the reward model."})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a text. Unset: the context."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the reward model's weights."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models that ship their own Python code."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where a GPU is visible."})
+
+
+def main(args: SelectionArguments) -> None:
+    """Check, ask the reward model, select, write."""
+    try:
+        measure = check_arguments(args)
+        groups = candidates(read_completions(args.completions), args.n)
+        state = PartialState(cpu=True) if args.use_cpu else PartialState()
+        check_launch(args)
+        laws = candidate_laws(args, groups)
+        selection = select_best(laws, measure, args.risk_scope, max_rounds=args.max_rounds)
+    except (ValueError, OSError) as error:
+        # Everything here is about the input, and the message says all.
+        raise SystemExit(f"error: {error}") from None
+    if state.is_main_process:
+        settings: Row = {
+            "risk": measure.spec,
+            "scope": args.risk_scope,
+            "reward_model": args.reward_model,
+            "models": models_of(args.reward_model),
+            "from": args.completions,
+        }
+        rows = selected_rows(groups, selection, args.name or Path(args.output).stem, settings)
+        write_jsonl(args.output, rows)
+        print(f"{selection_table(measure, laws, groups, selection)}\n\n{args.output}", flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def check_arguments(args: SelectionArguments) -> RiskMeasure:
+    """Refuse what could not work before anything is loaded; the measure of --risk."""
+    for name in ("completions", "reward_model", "output"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is required.")
+    if Path(args.output).suffix != ".jsonl" or Path(args.output).resolve() == Path(args.completions).resolve():
+        raise ValueError(f"--output is another .jsonl file than --completions, got {args.output!r}.")
+    if args.risk_scope not in SCOPES:
+        raise ValueError(f"--risk_scope is {' or '.join(SCOPES)}, got {args.risk_scope!r}.")
+    if args.batch_size < 1 or args.max_rounds < 1:
+        raise ValueError("--batch_size and --max_rounds must be at least 1.")
+    measure = parse_risk(args.risk)
+    if args.risk_scope == "population":
+        check_population_scope(measure)
+    models_of(args.reward_model)
+    return measure
+
+
+def candidate_laws(args: SelectionArguments, groups: list[list[Row]]) -> RewardDistribution:
+    """The predicted law of every candidate, batch shape (P, n)."""
+    reward = RiskReward(
+        args.reward_model,
+        args.risk,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    prompts, completions = read_pairs([row for group in groups for row in group])
+    laws, _ = predicted_laws(reward, prompts, completions, description="predict ratings")
+    return RewardDistribution(laws.levels, laws.values.reshape(len(groups), len(groups[0]), -1))
+
+
+def selection_table(
+    measure: RiskMeasure, laws: RewardDistribution, groups: list[list[Row]], selection: Selection
+) -> str:
+    """All ratings of the first completions and of the selected ones, as the reward model predicts them."""
+    first = torch.zeros_like(selection.chosen)
+    width = max(len(measure.spec), 9)
+    lines = [f"{'all ratings together':22}{'mean':>9}  {measure.spec:>{width}}{'tokens':>9}"]
+    for label, chosen in (("the first completion", first), (f"the best of {len(groups[0])}", selection.chosen)):
+        population = population_law(laws[torch.arange(len(groups)), chosen])
+        tokens = sum(group[i]["completion_tokens"] for group, i in zip(groups, chosen.tolist(), strict=True))
+        values = f"{population.mean().item():+9.2f}  {measure(population).item():+{width}.2f}"
+        lines.append(f"{label:22}{values}{tokens / len(groups):9.1f}")
+    drawn = sum(row["completion_tokens"] for group in groups for row in group) / len(groups)
+    lines += [
+        f"by the reward model itself; {len(groups)} prompts, {drawn:.1f} tokens drawn for each, at most "
+        f"{best_of_n_kl(len(groups[0])):.2f} nats from what drew them"
+    ]
+    if not selection.settled:
+        lines.append(f"the climb had not settled after {selection.rounds} rounds; the best selection seen was taken")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = TrlParser((SelectionArguments,), description=__doc__, formatter_class=HelpFormatter)
+    main(*parser.parse_args_and_config())
