@@ -6,18 +6,20 @@
 Every value of the YAML file can be overridden by a flag of the same name; `--help` lists them all.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from reward.data import read_dataset
 from reward.source_specs import read_source_spec
+from rlhf.attributes import build_objectives
 from rlhf.config import PPOConfig
 from rlhf.preflight import check_launch, check_output_dir
 from rlhf.reward_function import RiskReward
-from rlhf.risk import parse_risk
 from rlhf.trainer import PPOTrainer
 
 
@@ -54,8 +56,38 @@ class RewardArguments:
         metadata={
             "help": "Risk measure of the predicted rating distribution: mean, quantile:A, cvar:A, mean_variance:L, "
             "mean_std:L, semideviation:L, entropic:E, expectile:T, below:T, wang:L, power:L, cpw:E, "
-            "spectral:0.7@1,0.3@0.1, weighted sums such as 0.5*mean+0.5*cvar:0.1, or python:module:function."
+            "spectral:0.7@1,0.3@0.1, weighted sums such as 0.5*mean+0.5*cvar:0.1, or python:module:function. One per "
+            "attribute: 'helpfulness=mean; harmlessness=0.5*cvar:0.05'."
         },
+    )
+    risk_scope: str = field(
+        default="response",
+        metadata={
+            "help": "'response': the measure of each answer's own law of ratings; 'population': of the law "
+            "over prompts, answers and readers, through its influence function."
+        },
+    )
+    constraint: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Bounds on the population, kept by dual ascent: 'cvar:0.05 >= -1.0', 'below:-2 <= 0.01', several "
+            "at once."
+        },
+    )
+    constraint_step_size: float = field(
+        default=0.1,
+        metadata={"help": "Step of the log multipliers; a rollout changes one by at most its exponential."},
+    )
+    risk_schedule: str | None = field(
+        default=None, metadata={"help": "'linear' or 'cosine': reach --risk over training, from --risk_schedule_from."}
+    )
+    risk_schedule_from: str = field(default="mean", metadata={"help": "Risk measure at the start of the schedule."})
+    risk_schedule_span: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "Shares of training between which the measure changes; the multipliers warm up with it."},
+    )
+    population_decay: float = field(
+        default=0.9, metadata={"help": "Weight of the past in the law of ratings of the population, per rollout."}
     )
     reward_batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of the reward model."})
     reward_max_length: int | None = field(
@@ -84,12 +116,26 @@ def check_arguments(data: DataArguments, reward: RewardArguments, args: PPOConfi
     ):
         if not value:
             raise ValueError(f"--{name} is required: set it in the YAML file or as a flag.")
-    parse_risk(reward.risk)
+    build_objectives(reward.risk, reward.risk_scope, **risk_settings(reward))
     read_source_spec(reward.reward_model)
     if reward.rating_threshold is not None and not math.isfinite(reward.rating_threshold):
         raise ValueError(f"rating_threshold must be a finite rating, got {reward.rating_threshold}")
     check_launch(args)
     check_output_dir(args)
+
+
+def risk_settings(reward: RewardArguments) -> dict[str, Any]:
+    """Keyword arguments of `RiskReward` about constraints, schedule and statistics."""
+    if len(reward.risk_schedule_span) != 2:
+        raise ValueError(f"risk_schedule_span takes two shares of training, got {reward.risk_schedule_span}")
+    return {
+        "constraints": reward.constraint,
+        "constraint_step_size": reward.constraint_step_size,
+        "schedule": reward.risk_schedule,
+        "schedule_from": reward.risk_schedule_from,
+        "schedule_span": tuple(reward.risk_schedule_span),
+        "decay": reward.population_decay,
+    }
 
 
 def build_trainer(data: DataArguments, reward: RewardArguments, args: PPOConfig, model: ModelConfig) -> PPOTrainer:
@@ -109,6 +155,8 @@ def build_trainer(data: DataArguments, reward: RewardArguments, args: PPOConfig,
         reward_funcs=RiskReward(
             reward.reward_model,
             risk=reward.risk,
+            scope=reward.risk_scope,
+            **risk_settings(reward),
             batch_size=reward.reward_batch_size,
             max_length=reward.reward_max_length,
             dtype=reward.reward_dtype,
@@ -129,6 +177,9 @@ def main(data: DataArguments, reward: RewardArguments, args: PPOConfig, model: M
     except (ValueError, OSError) as error:
         # Everything up to here is about the input, and its message says all; a traceback would bury it.
         raise SystemExit(f"error: {error}") from None
+    # Whether the constraints hold is said in words, beside the numbers.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rlhf").setLevel(logging.INFO)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.save_state()

@@ -5,7 +5,7 @@ strings. Whatever the source, the law is a `RewardDistribution`, so every risk m
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -40,11 +40,13 @@ class DistributionSource(ABC):
         telemetry: Numbers about the last call, logged under `reward/`: `crossing_rate`, the share of neighbouring
             quantiles in the wrong order before the repair, `truncated_share`, the share of texts that lost their
             beginning, and what else the source knows.
+        attribute_names: A names where `attribute_distributions` tells them apart, none elsewhere.
     """
 
     name: str
     levels: Tensor
     telemetry: dict[str, float]
+    attribute_names: tuple[str, ...] = ()
 
     @abstractmethod
     def distribution(self, prompts: Sequence, completions: Sequence) -> RewardDistribution:
@@ -54,6 +56,14 @@ class DistributionSource(ABC):
             prompts: N prompts, text or messages.
             completions: N completions in the same format.
         """
+
+    def attribute_distributions(self, prompts: Sequence, completions: Sequence) -> RewardDistribution:
+        """Rating laws of each attribute of N completions, batch shape (N, A), on the CPU.
+
+        Raises:
+            ValueError: a source that knows no attributes.
+        """
+        raise ValueError(f"{self.name} does not tell attributes apart; that needs a quantile model with several")
 
     @abstractmethod
     def prepare(self, accelerator: Any) -> None:
@@ -104,6 +114,7 @@ class QuantileModelSource(DistributionSource):
         if aggregation == "mixture" and len(self.reader.module.config.attribute_names) < 2:
             raise ValueError(f"{self.name} has one attribute: there is nothing to mix; leave aggregation out")
         self.levels = self.reader.module.levels
+        self.attribute_names = tuple(self.reader.module.config.attribute_names)
         if aggregation == "mixture":
             self.levels = dense_levels(num_levels).float()
 
@@ -111,20 +122,32 @@ class QuantileModelSource(DistributionSource):
         self.reader.prepare(accelerator)
 
     def distribution(self, prompts: Sequence, completions: Sequence) -> RewardDistribution:
+        mixed = self.aggregation == "mixture"
+        rows = self._read(prompts, completions, self._mixed if mixed else lambda output: output.quantiles)
+        return RewardDistribution(self.levels, _stacked(rows, self.levels))
+
+    def attribute_distributions(self, prompts: Sequence, completions: Sequence) -> RewardDistribution:
+        rows = self._read(prompts, completions, lambda output: output.attribute_quantiles)
+        levels = self.reader.module.levels
+        return RewardDistribution(
+            levels, torch.stack(rows) if rows else levels.new_empty(0, len(self.attribute_names), len(levels))
+        )
+
+    def _read(self, prompts: Sequence, completions: Sequence, take: Callable[[Any], Tensor]) -> list[Tensor]:
         ids = self.reader.token_ids(prompts, completions)
         crossings = 0.0
 
-        def take(output: Any, mask: Tensor) -> Tensor:
+        def count_and_take(output: Any, mask: Tensor) -> Tensor:
             nonlocal crossings
             crossings += float(output.crossing_rate) * len(mask)
-            return output.quantiles if self.aggregation == "quantile_average" else self._mixed(output)
+            return take(output)
 
-        rows = self.reader.read(ids, take)
+        rows = self.reader.read(ids, count_and_take)
         self.telemetry = {
             "crossing_rate": crossings / max(len(ids), 1),
             "truncated_share": self.reader.truncated_share,
         }
-        return RewardDistribution(self.levels, _stacked(rows, self.levels))
+        return rows
 
     def _mixed(self, output: Any) -> Tensor:
         weights = output.attribute_weights.double()

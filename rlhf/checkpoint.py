@@ -42,13 +42,20 @@ def layout(args: PPOConfig, world_size: int, uses_peft: bool) -> dict[str, objec
 
 
 def save_state(
-    directory: str | Path, state: PPOState, rollout: Rollout | None, settings: dict, rank: int, is_main: bool
+    directory: str | Path,
+    state: PPOState,
+    rollout: Rollout | None,
+    settings: dict,
+    rank: int,
+    is_main: bool,
+    rewards: dict[str, dict],
 ) -> None:
-    """Write the state, and this rank's rollout while it is still in use."""
+    """Write the state, that of the reward functions, and this rank's rollout while it is still in use."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if is_main:
-        (folder / STATE_FILE).write_text(json.dumps({"state": asdict(state), "layout": settings}, indent=2) + "\n")
+        content = {"state": asdict(state), "layout": settings, "reward_functions": rewards}
+        (folder / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
     if rollout is not None and state.position > 0:
         save_file(rollout.state_dict(), folder / f"rollout_{rank}.safetensors")
 
@@ -68,6 +75,11 @@ def load_state(
         return state, None
     tensors = load_file(folder / f"rollout_{rank}.safetensors")
     return state, Rollout(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def reward_state(directory: str | Path) -> dict[str, dict]:
+    """What reward functions with a state wrote into the checkpoint, by name."""
+    return json.loads((Path(directory) / STATE_FILE).read_text()).get("reward_functions", {})
 
 
 def check_resumable(directory: str | Path, settings: dict) -> None:

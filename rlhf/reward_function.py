@@ -1,32 +1,58 @@
 """A risk measure of the predicted rating distribution as a TRL reward function."""
 
-from collections.abc import Sequence
+import hashlib
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from reward.distribution import RewardDistribution
+from reward.heads import sum_attributes
 from reward.reading import ModelReader
 from reward.source_specs import parse_source, read_source_spec
 from reward.sources import QUANTILE_MODELS, DistributionSource, QuantileModelSource, ScalarSource
-from rlhf.risk import RiskMeasure, parse_risk
+from rlhf.attributes import WHOLE, build_objectives
+from rlhf.measures import RiskMeasure, RiskSpecError
+from rlhf.metrics import gather_objects
+
+logger = logging.getLogger(__name__)
 
 
 class RiskReward:
     """A risk measure of the predicted rating distribution, as a reward function for TRL-style trainers.
 
-        u(x, y) = ρ(F_xy),   F_xy the rating law that a source predicts for prompt x, completion y
+        response scope:    u(x, y) = ρ(F_xy),   F_xy the rating law that a source predicts for prompt x, completion y
+        population scope:  u(x, y) = ρ(F) + ∫ IF(z; F) dF_xy(z),   F the law of ratings over prompts, answers, readers
+        attributes:        u(x, y) = Σ_a w_a(x) u_a(x, y), each attribute with a measure of its own
 
     It has the signature of TRL's reward functions, so the same object serves `PPOTrainer`, `GRPOTrainer` and
-    `RLOOTrainer`. The reward model reads text with its own tokenizer and template, whatever the policy's.
+    `RLOOTrainer`. The reward model reads text with its own tokenizer and template, whatever the policy's. Every rank
+    must call it together, because the population is that of all ranks; a call with `is_evaluation=True` is the rank's
+    own and leaves statistics and multipliers as they are.
+
+    A dataset may say how much each attribute counts for a row: its column `attribute_weights` holds A numbers, or a
+    number by attribute name. They weigh the attributes' utilities, or, for a single measure, replace the gate.
 
     Args:
         model: quantile reward model, or path or hub id of one: trained here, or a published QRM, ArmoRM or URM; any
             other source of a distribution, or its spec, such as "ensemble:path-a,path-b" or "judgment:path-or-id"
             (see `reward.source_specs.parse_source`). A plain one-label classifier is accepted for `risk="mean"`
             alone: it predicts no distribution. "scalar:path" says that a law without spread is meant.
-        risk: risk measure or its spec, such as "cvar:0.1" (see `rlhf.risk.parse_risk`).
+        risk: risk measure or its spec, such as "cvar:0.1" (see `rlhf.risk.parse_risk`), or one per attribute,
+            "helpfulness=mean; harmlessness=0.5*cvar:0.05".
+        scope: "response" or "population" (see `rlhf.objective`).
+        constraints: bounds on the population, such as "cvar:0.05 >= -1.0" (see `rlhf.constraints`), with
+            "attribute=" before it for one attribute.
+        schedule: "linear" or "cosine": `risk` is reached over training, starting from `schedule_from`.
+        schedule_from: measure at the start of a schedule.
+        schedule_span: shares of training between which the measure changes.
+        decay: of the population's law from step to step (see `rlhf.population`).
+        constraint_step_size: of the dual ascent.
         tokenizer: the reward model's; unset: loaded beside it.
         batch_size: texts per forward pass. They are sorted by length, so padding costs little.
         max_length: longest text in tokens; unset: the model's context. Longer texts lose their beginning, which
@@ -36,7 +62,8 @@ class RiskReward:
         trust_remote_code: allow models that ship their own Python code.
 
     Raises:
-        ValueError: malformed spec, or a measure of the distribution for a model that predicts none.
+        ValueError: malformed spec, an attribute that the model does not have, or a measure of the distribution for a
+            model that predicts none.
     """
 
     def __init__(
@@ -44,6 +71,13 @@ class RiskReward:
         model: str | PreTrainedModel | DistributionSource,
         risk: str | RiskMeasure = "mean",
         *,
+        scope: str = "response",
+        constraints: Sequence[str] = (),
+        schedule: str | None = None,
+        schedule_from: str | RiskMeasure = "mean",
+        schedule_span: tuple[float, float] = (0.0, 1.0),
+        decay: float = 0.9,
+        constraint_step_size: float = 0.1,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
@@ -51,7 +85,16 @@ class RiskReward:
         tail_threshold: float | None = None,
         trust_remote_code: bool = False,
     ):
-        self.risk = parse_risk(risk) if isinstance(risk, str) else risk
+        self.objectives = build_objectives(
+            risk,
+            scope,
+            constraints=constraints,
+            schedule=schedule,
+            schedule_from=schedule_from,
+            schedule_span=schedule_span,
+            decay=decay,
+            constraint_step_size=constraint_step_size,
+        )
         self.tail_threshold = tail_threshold
         if isinstance(model, DistributionSource):
             if tokenizer is not None or max_length is not None:
@@ -62,11 +105,37 @@ class RiskReward:
             reading = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
             reading |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
             self.source = _open_source(model, reading)
+        self._check_attributes()
         # TRL names the reward's metrics after the function.
-        self.__name__ = f"risk_{self.risk.spec}"
+        self.__name__ = f"risk_{self.spec}"
+
+    @property
+    def spec(self) -> str:
+        """Measure, scope, schedule and constraints in one line."""
+        if set(self.objectives) == {WHOLE}:
+            return self.objectives[WHOLE].spec
+        return "; ".join(f"{name}={objective.spec}" for name, objective in self.objectives.items())
+
+    @property
+    def risk(self) -> RiskMeasure:
+        """The measure of the answer as a whole.
+
+        Raises:
+            AttributeError: each attribute has its own.
+        """
+        if WHOLE not in self.objectives:
+            raise AttributeError(f"'{self.spec}' has a measure per attribute; look into `objectives`")
+        return self.objectives[WHOLE].measure
+
+    def _check_attributes(self) -> None:
+        known = self.source.attribute_names
+        for name in self.objectives:
+            if name != WHOLE and name not in known:
+                has = f"has the attributes {', '.join(known)}" if known else "has no attributes of its own"
+                raise RiskSpecError(f"the risk names the attribute '{name}', but {self.source.name} {has}")
 
     def _check_measure(self, model: str | PreTrainedModel, trust_remote_code: bool) -> None:
-        if self.risk.spec == "mean":
+        if self.spec in ("mean", "population mean"):
             return
         what = None
         if isinstance(model, str):
@@ -78,7 +147,7 @@ class RiskReward:
             what = type(model).__name__
         if what is not None:
             raise ValueError(
-                f"risk '{self.risk.spec}' needs a quantile reward model, but {what} predicts one number. Train a QRM "
+                f"risk '{self.spec}' needs a quantile reward model, but {what} predicts one number. Train a QRM "
                 "with recipes/train_qrm.py, or use risk='mean'."
             )
 
@@ -122,21 +191,138 @@ class RiskReward:
             prompts: N prompts, text or messages.
             completions: N completions in the same format.
             completion_ids: ignored; the reward model has a tokenizer of its own.
-            columns: other columns of the dataset, ignored; a `log_metric` callable receives telemetry.
+            columns: other columns of the dataset. Read are `attribute_weights`; `log_metric`, a callable that
+                receives telemetry; `trainer_state`, for a schedule; and `is_evaluation`.
+
+        Raises:
+            RuntimeError: the reward model failed on another rank. Without this word all ranks would wait for it.
         """
-        law = self.source.distribution(prompts, completions)
-        utility = self.risk(law)
-        log_metric = columns.get("log_metric")
+        state, log_metric = columns.get("trainer_state"), columns.get("log_metric")
+        progress = state.global_step / state.max_steps if state is not None and state.max_steps > 0 else None
+        weights, laws, failure = None, {}, None
+        try:
+            weights = self._attribute_weights(columns.get("attribute_weights"), len(prompts))
+            laws = self._laws(prompts, completions, weights)
+        except Exception as error:
+            if columns.get("is_evaluation"):
+                raise
+            failure = error
+        if columns.get("is_evaluation"):
+            utilities = {name: self.objectives[name].evaluate(law, progress) for name, law in laws.items()}
+        else:
+            utilities = self._learn(prompts, laws, failure, progress, log_metric)
         if log_metric is not None:
+            self._log_telemetry(laws, log_metric)
+        if WHOLE in utilities:
+            return utilities[WHOLE].tolist()
+        table = torch.stack(list(utilities.values()), dim=1)
+        if weights is not None:
+            columns_of = [self.source.attribute_names.index(name) for name in utilities]
+            table = table * weights[:, columns_of].to(table.dtype)
+        return table.sum(dim=1).tolist()
+
+    def _laws(self, prompts: Sequence, completions: Sequence, weights: Tensor | None) -> dict[str, RewardDistribution]:
+        """The law that each objective looks at, (N,) each."""
+        if set(self.objectives) == {WHOLE} and weights is None:
+            return {WHOLE: self.source.distribution(prompts, completions)}
+        attributes = self.source.attribute_distributions(prompts, completions)
+        if WHOLE in self.objectives:
+            whole = sum_attributes(weights.to(attributes.values.dtype), attributes.values)
+            return {WHOLE: RewardDistribution(attributes.levels, whole)}
+        return {name: attributes[:, self.source.attribute_names.index(name)] for name in self.objectives}
+
+    def _learn(
+        self,
+        prompts: Sequence,
+        laws: Mapping[str, RewardDistribution],
+        failure: Exception | None,
+        progress: float | None,
+        log_metric: Any,
+    ) -> dict[str, Tensor]:
+        """Utilities of this rank's completions, with the population of all ranks."""
+        process = PartialState()
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        own = (said, {name: law.values for name, law in laws.items()}, [_digest(prompt) for prompt in prompts])
+        ranks = gather_objects(own, process)
+        if failure is not None:
+            raise failure
+        for rank, (error, _, _) in enumerate(ranks):
+            if error is not None:
+                raise RuntimeError(f"the reward model failed on rank {rank} ({error})")
+        groups = torch.tensor([group for _, _, of_rank in ranks for group in of_rank])
+        start = sum(len(of_rank) for _, _, of_rank in ranks[: process.process_index])
+        utilities = {}
+        for name, law in laws.items():
+            everything = RewardDistribution(law.levels, torch.cat([values[name] for _, values, _ in ranks]))
+            objective = self.objectives[name]
+            utility, numbers, due = objective.learn(everything, groups, progress)
+            utilities[name] = utility[start : start + len(prompts)]
+            if process.is_main_process:
+                for line in objective.lines:
+                    logger.info("%s", line if name == WHOLE else f"{name}: {line}")
+                for warning in due:
+                    warnings.warn(warning, stacklevel=3)
+            if log_metric is not None:
+                for metric, value in numbers.items():
+                    log_metric(metric if name == WHOLE else f"{metric}/{name}", value)
+        return utilities
+
+    def _attribute_weights(self, column: Sequence | None, count: int) -> Tensor | None:
+        """(N, A) weights of a dataset column, or None."""
+        if column is None:
+            return None
+        names = self.source.attribute_names
+        if not names:
+            raise ValueError(f"the dataset has attribute_weights, but {self.source.name} has no attributes to weigh")
+        rows = []
+        for row in column:
+            if isinstance(row, Mapping):
+                unknown = [name for name in row if name not in names]
+                if unknown:
+                    has = f"{self.source.name} has {', '.join(names)}"
+                    raise ValueError(f"attribute_weights name {unknown[0]!r}; {has}")
+                row = [row.get(name) or 0.0 for name in names]
+            if row is None or len(row) != len(names):
+                raise ValueError(f"attribute_weights need one number for each of {', '.join(names)}, got {row!r}")
+            rows.append(row)
+        weights = torch.tensor(rows, dtype=torch.float64).reshape(count, len(names))
+        if not bool(weights.isfinite().all()):
+            raise ValueError("attribute_weights must be finite numbers")
+        return weights
+
+    def _log_telemetry(self, laws: Mapping[str, RewardDistribution], log_metric: Any) -> None:
+        for name, law in laws.items():
+            end = f"/{name}" if name != WHOLE else ""
             finite = law.values.isfinite().all(-1)
             if finite.any():
-                log_metric("reward/rating_mean", law.mean()[finite].mean().item())
-                log_metric("reward/rating_std", law.std()[finite].mean().item())
+                log_metric(f"reward/rating_mean{end}", law.mean()[finite].mean().item())
+                log_metric(f"reward/rating_std{end}", law.std()[finite].mean().item())
                 if self.tail_threshold is not None:
-                    log_metric("reward/tail_mass", law.cdf(self.tail_threshold)[finite].mean().item())
-            for name, value in self.source.telemetry.items():
-                log_metric(f"reward/{name}", value)
-        return utility.tolist()
+                    log_metric(f"reward/tail_mass{end}", law.cdf(self.tail_threshold)[finite].mean().item())
+        for name, value in self.source.telemetry.items():
+            log_metric(f"reward/{name}", value)
+
+    def state_dict(self) -> dict[str, object]:
+        """Population statistics, multipliers and guards, as plain numbers for a checkpoint."""
+        return {name: objective.state_dict() for name, objective in self.objectives.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            ValueError: the state belongs to another objective.
+        """
+        if set(state) != set(self.objectives):
+            raise ValueError(
+                f"the checkpoint has objectives for {sorted(state)}, this run has them for {sorted(self.objectives)}"
+            )
+        for name, objective in self.objectives.items():
+            objective.load_state_dict(state[name])
+
+
+def _digest(prompt: Any) -> int:
+    """The same number for the same prompt on every rank; Python's own hash differs between processes."""
+    return int.from_bytes(hashlib.blake2b(repr(prompt).encode(), digest_size=7).digest(), "big")
 
 
 def _open_source(model: str | PreTrainedModel, reading: dict[str, Any]) -> DistributionSource:

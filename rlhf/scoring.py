@@ -63,6 +63,23 @@ class RewardFunctions:
             if hasattr(function, "prepare"):
                 function.prepare(accelerator)
 
+    def state_dict(self) -> dict[str, dict]:
+        """State of each function that has one (`state_dict`, plain numbers), by name."""
+        pairs = zip(self.names, self.functions, strict=True)
+        return {name: function.state_dict() for name, function in pairs if hasattr(function, "state_dict")}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            ValueError: the state of other reward functions.
+        """
+        own = {n: f for n, f in zip(self.names, self.functions, strict=True) if hasattr(f, "state_dict")}
+        if set(state) != set(own):
+            raise ValueError(f"the checkpoint was trained on the rewards {sorted(state)}, this run on {sorted(own)}")
+        for name, function in own.items():
+            function.load_state_dict(state[name])
+
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,5 +162,12 @@ def shape_scores(
     if args.reward_clip_range is not None:
         low, high = args.reward_clip_range
         metrics.add("reward/clipped_share", ((scores < low) | (scores > high)).float().mean(), len(scores))
+        if (scores < low).any():
+            warnings.warn(
+                f"reward_clip_range cut {int((scores < low).sum())} of {len(scores)} scores at {low:g}, the lowest of "
+                f"{scores[scores.isfinite()].min():.3g}: the tail that a risk measure looks at is hidden. Lower the "
+                "clip, or leave it out.",
+                stacklevel=2,
+            )
         scores = scores.clamp(low, high)
     return scores

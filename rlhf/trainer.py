@@ -19,7 +19,16 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rlhf import models
 from rlhf.advantages import gae, next_kl_coef, token_rewards
-from rlhf.checkpoint import PPOState, check_resumable, layout, load_state, load_weights, save_state, save_weights
+from rlhf.checkpoint import (
+    PPOState,
+    check_resumable,
+    layout,
+    load_state,
+    load_weights,
+    reward_state,
+    save_state,
+    save_weights,
+)
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic, CompletionScores, concatenate_scores
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
@@ -236,6 +245,7 @@ class PPOTrainer(_BaseTrainer):
         completions, ids = completions_of(completion_ids, mask, self.processing_class, conversational)
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         columns |= {"trainer_state": self.state, "log_metric": metrics.add}
+        columns["is_evaluation"] = metrics is self._eval_metrics
         scores, by_function = self.reward_functions(prompts, completions, ids, columns)
         if len(by_function) > 1:
             for name, values in by_function.items():
@@ -454,6 +464,7 @@ class PPOTrainer(_BaseTrainer):
             self._layout(),
             accelerator.process_index,
             accelerator.is_main_process,
+            self.reward_functions.state_dict(),
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -462,6 +473,7 @@ class PPOTrainer(_BaseTrainer):
             self.ppo_state, self._rollout = load_state(
                 checkpoint, self._layout(), self.accelerator.process_index, self.accelerator.device
             )
+            self.reward_functions.load_state_dict(reward_state(checkpoint))
 
     def _layout(self) -> dict[str, object]:
         module = self.accelerator.unwrap_model(self.model)

@@ -1,5 +1,9 @@
 """A risk measure of a quantile reward model as a reward function, in our trainer's and in TRL's own."""
 
+import json
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import logged, tiny_llama, tiny_prompts, tiny_qrm, tiny_tokenizer, tiny_trainer
@@ -7,6 +11,8 @@ from transformers import LlamaForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from reward.distribution import RewardDistribution
+from reward.sources import DistributionSource
+from rlhf.influence import expected_influence, population_law, statistics
 from rlhf.reward_function import RiskReward
 from rlhf.risk import MEASURES, parse_risk
 
@@ -169,3 +175,159 @@ def test_the_same_object_rewards_trls_own_trainers(tmp_path, saved_qrm, trainer_
     assert len(logged(trainer, "rewards/risk_cvar:0.1/mean")) == 3
     assert len(logged(trainer, "reward/rating_mean")) == 3
     assert any(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+
+
+# ---- Population scope, attributes, several ranks ------------------------------------------------------------------
+
+
+def test_population_scope_is_the_expected_influence():
+    reward = risk_reward("cvar:0.2", scope="population")
+    rewards = reward(PROMPTS, COMPLETIONS)
+    laws = reward.distribution(PROMPTS, COMPLETIONS)
+    known = statistics(parse_risk("cvar:0.2"), population_law(laws).to(torch.float64))
+    expected = expected_influence(parse_risk("cvar:0.2"), laws, known)
+    assert rewards == pytest.approx(expected.tolist(), abs=1e-5)
+    assert rewards != pytest.approx(risk_reward("cvar:0.2")(PROMPTS, COMPLETIONS), abs=0.1)
+    assert reward.__name__ == "risk_population cvar:0.2"
+
+
+def test_evaluation_leaves_the_population_as_it_is():
+    reward = risk_reward("cvar:0.2", scope="population")
+    reward(PROMPTS, COMPLETIONS)
+    before = reward.state_dict()
+    reward(PROMPTS[:2], COMPLETIONS[1:3], is_evaluation=True)
+    assert reward.state_dict() == before
+    reward(PROMPTS[:2], COMPLETIONS[1:3])
+    assert reward.state_dict() != before
+
+
+def two_attributes(risk, **settings):
+    model = tiny_qrm(attribute_names=["help", "harm"], quantile_levels=[0.1, 0.5, 0.9])
+    return RiskReward(model, risk=risk, tokenizer=tiny_tokenizer(), **settings)
+
+
+def test_each_attribute_has_its_measure():
+    reward = two_attributes("help=mean; harm=0.5*cvar:0.2")
+    laws = reward.source.attribute_distributions(PROMPTS, COMPLETIONS)
+    expected = laws[:, 0].mean() + 0.5 * parse_risk("cvar:0.2")(laws[:, 1])
+    seen = {}
+    assert reward(PROMPTS, COMPLETIONS, log_metric=seen.__setitem__) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert seen["reward/rating_mean/harm"] == pytest.approx(laws[:, 1].mean().mean().item(), abs=1e-5)
+    with pytest.raises(AttributeError, match="measure per attribute"):
+        _ = reward.risk
+
+
+def test_rows_weigh_attributes():
+    weights = [[1.0, 0.0], [0.0, 1.0], [2.0, -1.0], {"harm": 3.0}]
+    reward = two_attributes("help=mean; harm=cvar:0.2")
+    laws = reward.source.attribute_distributions(PROMPTS, COMPLETIONS)
+    parts = torch.stack([laws[:, 0].mean(), parse_risk("cvar:0.2")(laws[:, 1])], dim=1)
+    table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, -1.0], [0.0, 3.0]])
+    expected = (parts * table).sum(1)
+    got = reward(PROMPTS, COMPLETIONS, attribute_weights=weights)
+    assert got == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_row_weights_replace_the_gate_of_a_single_measure():
+    reward = two_attributes("cvar:0.2")
+    laws = reward.source.attribute_distributions(PROMPTS, COMPLETIONS)
+    got = reward(PROMPTS, COMPLETIONS, attribute_weights=[[0.25, 0.75]] * 4)
+    mixed = RewardDistribution(laws.levels, 0.25 * laws.values[:, 0] + 0.75 * laws.values[:, 1])
+    assert got == pytest.approx(parse_risk("cvar:0.2")(mixed).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[1.0]] * 4, "one number for each of help, harm"),
+        ([None] * 4, "one number for each of help, harm"),
+        ([{"humour": 1.0}] * 4, "name 'humour'"),
+        ([[1.0, math.nan]] * 4, "finite"),
+    ],
+)
+def test_broken_row_weights_say_what_is_wrong(weights, message):
+    with pytest.raises(ValueError, match=message):
+        two_attributes("cvar:0.2")(PROMPTS, COMPLETIONS, attribute_weights=weights)
+
+
+def test_weights_need_attributes():
+    class Scalar(DistributionSource):
+        name, levels, telemetry = "one number", torch.tensor([0.5]), {}
+
+        def distribution(self, prompts, completions):
+            return RewardDistribution(self.levels, torch.zeros(len(prompts), 1))
+
+        def prepare(self, accelerator):
+            pass
+
+    with pytest.raises(ValueError, match="no attributes to weigh"):
+        RiskReward(Scalar())(PROMPTS, COMPLETIONS, attribute_weights=[[1.0]] * 4)
+    with pytest.raises(ValueError, match="one number has no attributes of its own"):
+        RiskReward(Scalar(), risk="help=mean")
+    with pytest.raises(ValueError, match="has the attributes help, harm"):
+        two_attributes("humour=mean")
+
+
+def test_constraint_is_told_in_words(caplog):
+    reward = risk_reward("mean", constraints=["below:-100 <= 0.5", "mean >= 100"])
+    with caplog.at_level("INFO", logger="rlhf"):
+        reward(PROMPTS, COMPLETIONS)
+    assert "constraint below:-100 <= 0.5: holds, now 0 [0, 0] over 4 answers" in caplog.text
+    assert "constraint mean >= 100: violated" in caplog.text
+
+
+@pytest.mark.parametrize("scope", ["response", "population"])
+def test_two_ranks_have_one_population(scope, monkeypatch):
+    alone = risk_reward("cvar:0.2", scope=scope, constraints=["below:-1 <= 0.1"])
+    expected = [alone(PROMPTS, COMPLETIONS) for _ in range(2)][1]
+    ranks = [risk_reward("cvar:0.2", scope=scope, constraints=["below:-1 <= 0.1"]) for _ in range(2)]
+    halves = [(PROMPTS[:1], COMPLETIONS[:1]), (PROMPTS[1:], COMPLETIONS[1:])]
+    got = {}
+    for _ in range(2):
+        sent = []
+        # First what each rank sends, then what each makes of it; the states change in the second pass only.
+        monkeypatch.setattr("rlhf.reward_function.gather_objects", lambda own, _, sent=sent: sent.append(own) or [own])
+        states = [json.loads(json.dumps(rank.state_dict())) for rank in ranks]
+        for rank, half in zip(ranks, halves, strict=True):
+            rank(*half)
+        for rank, state in zip(ranks, states, strict=True):
+            rank.load_state_dict(state)
+        monkeypatch.setattr("rlhf.reward_function.gather_objects", lambda own, _, sent=sent: sent)
+        for index, (rank, half) in enumerate(zip(ranks, halves, strict=True)):
+            place = SimpleNamespace(process_index=index, is_main_process=index == 0)
+            monkeypatch.setattr("rlhf.reward_function.PartialState", lambda place=place: place)
+            got[index] = rank(*half)
+    assert got[0] + got[1] == pytest.approx(expected, abs=1e-5)
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+
+
+def test_failure_of_another_rank_is_told(monkeypatch):
+    reward = risk_reward("mean")
+    broken = ("OSError: disk", {}, [1])
+    monkeypatch.setattr("rlhf.reward_function.gather_objects", lambda own, _: [own, broken])
+    with pytest.raises(RuntimeError, match=r"failed on rank 1 \(OSError: disk\)"):
+        reward(PROMPTS, COMPLETIONS)
+
+
+def test_resumed_run_keeps_population_multipliers_and_schedule(tmp_path):
+    def reward():
+        return risk_reward(
+            "cvar:0.2", scope="population", constraints=["cvar:0.1 >= 0"], schedule="linear", schedule_span=(0.0, 0.9)
+        )
+
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+    through = tiny_trainer(tmp_path / "a", reward=reward(), **settings)
+    through.train()
+    checkpoint = tmp_path / "a" / "checkpoint-3"
+    resumed = tiny_trainer(tmp_path / "b", reward=reward(), resume_from_checkpoint=str(checkpoint), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    ends = [trainer.reward_functions.state_dict() for trainer in (through, resumed)]
+    assert ends[0] == ends[1]
+    for name in ("constraint/cvar:0.1/multiplier", "risk/nu"):
+        assert logged(resumed, name)[-2:] == logged(through, name)[-2:]
+        assert len(set(logged(through, name))) > 1
+    other = tiny_trainer(
+        tmp_path / "c", reward=risk_reward("mean"), resume_from_checkpoint=str(checkpoint), **settings
+    )
+    with pytest.raises(ValueError, match="this run on"):
+        other.train(resume_from_checkpoint=str(checkpoint))

@@ -112,10 +112,16 @@ def test_failed_reward_stays_failed_when_the_end_is_missing(tmp_path):
 
 
 def test_clip_is_counted(tmp_path):
-    scores, sums = shaped(tmp_path, [-5.0, 0.5, 9.0], [True] * 3, reward_clip_range=[-1.0, 10.0])
+    with pytest.warns(UserWarning, match="cut 1 of 3 scores at -1, the lowest of -5: the tail .* is hidden"):
+        scores, sums = shaped(tmp_path, [-5.0, 0.5, 9.0], [True] * 3, reward_clip_range=[-1.0, 10.0])
     assert scores == [-1.0, 0.5, 9.0]
     total, weight = sums["reward/clipped_share"]
     assert total / weight == pytest.approx(1 / 3)
+
+
+def test_clip_above_the_tail_warns_of_nothing(tmp_path):
+    scores, _ = shaped(tmp_path, [-5.0, 0.5, 9.0], [True] * 3, reward_clip_range=[-10.0, 1.0])
+    assert scores == [-5.0, 0.5, 1.0]
 
 
 def test_nonfinite_rewards_name_their_prompt(tmp_path):

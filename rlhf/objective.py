@@ -1,0 +1,201 @@
+"""What training climbs: a measure of risk in response or population scope, a schedule, constraints; with its state."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from reward.distribution import RewardDistribution
+from rlhf.constraints import DualAscent, parse_constraint, read_constraint
+from rlhf.guards import RiskGuards
+from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
+from rlhf.measures import RiskMeasure, RiskSpecError
+from rlhf.population import PopulationTracker
+from rlhf.risk import parse_risk
+from rlhf.schedules import RiskSchedule
+
+SCOPES = ("response", "population")
+# The largest rollout whose population is looked at answer by answer; the mixture of more is made of this many drawn
+# at even distances, since its cost grows with their square.
+LAWS_IN_POPULATION = 512
+
+
+class RiskObjective:
+    """Utility of each answer of a rollout under a measure of risk.
+
+        response:    u(x, y) = ρ(F_xy)
+        population:  u(x, y) = ρ(F̄) + ∫ IF(z; F̄) dF_xy(z)
+
+    F̄ is the law of ratings over prompts, answers and readers, averaged over steps (`PopulationTracker`). Constraints
+    always speak of the population; their multipliers enter the utility of every answer in either scope.
+
+    Everything is computed from the laws of all ranks in one order, so the world size does not change it.
+
+    Args:
+        risk: measure or its spec.
+        scope: "response" or "population".
+        constraints: specs such as "cvar:0.05 >= -1.0"; see `rlhf.constraints`.
+        schedule: from another measure to `risk` over training; its `last` must be `risk`.
+        decay: of the population's law, see `PopulationTracker`.
+        constraint_step_size: η of `DualAscent`.
+
+    Raises:
+        RiskSpecError: a spec that cannot be read, or a measure without an influence function in population scope.
+    """
+
+    def __init__(
+        self,
+        risk: str | RiskMeasure = "mean",
+        scope: str = "response",
+        *,
+        constraints: Sequence[str] = (),
+        schedule: RiskSchedule | None = None,
+        decay: float = 0.9,
+        constraint_step_size: float = 0.1,
+    ):
+        self.measure = parse_risk(risk) if isinstance(risk, str) else risk
+        if scope not in SCOPES:
+            raise RiskSpecError(f"the scope of a risk measure is 'response' or 'population', got {scope!r}")
+        self.scope, self.schedule = scope, schedule
+        if scope == "population":
+            for measure in (self.measure, *([schedule.first] if schedule else [])):
+                check_population_scope(measure)
+        self.tracker = PopulationTracker(decay)
+        self.dual = DualAscent([parse_constraint(spec) for spec in constraints], constraint_step_size)
+        self.guards = RiskGuards()
+        self.lines: list[str] = []
+
+    @property
+    def spec(self) -> str:
+        """The whole objective in one line."""
+        text = self.schedule.spec if self.schedule else self.measure.spec
+        if self.scope == "population":
+            text = f"population {text}"
+        return text + "".join(f"; {constraint.spec}" for constraint in self.dual.constraints)
+
+    def at(self, progress: float | None) -> RiskMeasure:
+        """The measure at a share of training.
+
+        Raises:
+            ValueError: a schedule, but nobody says how far training is.
+        """
+        if self.schedule is None:
+            return self.measure
+        if progress is None:
+            raise ValueError("a risk schedule needs to know how far training is; use it with a trainer")
+        return self.schedule.at(progress)
+
+    def learn(
+        self, laws: RewardDistribution, groups: Tensor | None = None, progress: float | None = None
+    ) -> tuple[Tensor, dict[str, float], list[str]]:
+        """Utilities of a rollout of training; updates statistics and multipliers.
+
+        Args:
+            laws: (N,) of the answers of all ranks, in the order of the ranks. A law that is not finite has no say.
+            groups: (N,) number of each answer's prompt, for the intervals; None: each answer its own.
+            progress: share of training done; only a schedule needs it.
+
+        Returns:
+            (N,) utilities, NaN for a law that is not finite; numbers for the log; warnings that are due. Every rank
+            that passes the same laws gets the same.
+        """
+        self.lines = []
+        measure, ramp = self.at(progress), self._ramp(progress)
+        finite = laws.values.isfinite().all(-1)
+        utility = laws.values.new_full(laws.batch_shape, torch.nan)
+        if not bool(finite.any()):
+            return utility, {}, []
+        laws, groups = laws[finite], None if groups is None else groups[finite]
+        population = _population(laws)
+        self.tracker.update(population)
+        utility[finite] = found = self._utility(laws, measure, ramp)
+        numbers = self._population_numbers(population, measure)
+        numbers |= self._constraint_numbers(population, laws, groups)
+        guarded, warnings = self.guards.look(measure, self.scope, found, laws.mean(), float(laws.levels[0]))
+        self.dual.step(population, laws)
+        return utility, numbers | guarded, warnings
+
+    def evaluate(self, laws: RewardDistribution, progress: float | None = None) -> Tensor:
+        """(n,) utilities by the statistics so far; nothing is updated.
+
+        Before the first rollout of training the laws themselves are the population.
+        """
+        finite = laws.values.isfinite().all(-1)
+        utility = laws.values.new_full(laws.batch_shape, torch.nan)
+        if bool(finite.any()):
+            utility[finite] = self._utility(laws[finite], self.at(progress), self._ramp(progress))
+        return utility
+
+    def _ramp(self, progress: float | None) -> float:
+        return self.schedule.weight(progress) if self.schedule else 1.0
+
+    def _utility(self, laws: RewardDistribution, measure: RiskMeasure, ramp: float) -> Tensor:
+        population = self.tracker.law
+        if population is None and (self.scope == "population" or self.dual.constraints):
+            population = _population(laws)
+        if self.scope == "response":
+            utility = measure(laws)
+        else:
+            utility = expected_influence(measure, laws, statistics(measure, population)).to(laws.values.dtype)
+        return self.dual.utility(utility, laws, population, ramp)
+
+    def _population_numbers(self, population: RewardDistribution, measure: RiskMeasure) -> dict[str, float]:
+        """What can be said of the population whatever the measure is, and the statistics in use."""
+        numbers = {
+            "population/rating_mean": population.mean().item(),
+            "population/rating_q05": population.quantile(0.05).item(),
+            "population/rating_cvar_0.1": population.lower_tail_mean(0.1).item(),
+        }
+        if self.scope == "population":
+            for name, value in statistics(measure, self.tracker.law).items():
+                if value.numel() == 1:
+                    # The name of a scheduled measure changes; that of its statistic does not.
+                    numbers[f"risk/{name.split('/')[-1] if self.schedule else name}"] = value.item()
+        return numbers
+
+    def _constraint_numbers(
+        self, population: RewardDistribution, laws: RewardDistribution, groups: Tensor | None
+    ) -> dict[str, float]:
+        numbers = {}
+        for constraint, multiplier in zip(self.dual.constraints, self.dual.multipliers, strict=True):
+            reading = read_constraint(constraint, population, laws, groups)
+            name = f"constraint/{constraint.name}"
+            numbers |= {f"{name}/value": reading.value, f"{name}/multiplier": multiplier}
+            if reading.low == reading.low:
+                numbers |= {f"{name}/low": reading.low, f"{name}/high": reading.high}
+            numbers[f"{name}/holds"] = {"holds": 1.0, "undecided": 0.5, "violated": 0.0}[reading.state]
+            self.lines.append(
+                f"constraint {constraint.spec}: {reading.state}, now {reading.value:.3g} "
+                f"[{reading.low:.3g}, {reading.high:.3g}] over {len(laws)} answers, multiplier {multiplier:.3g}"
+            )
+        return numbers
+
+    def state_dict(self) -> dict[str, object]:
+        """Statistics, multipliers and guards as plain numbers, for a checkpoint."""
+        return {
+            "objective": self.spec,
+            "population": self.tracker.state_dict(),
+            "dual": self.dual.state_dict(),
+            "guards": self.guards.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            ValueError: the state belongs to another objective.
+        """
+        if state["objective"] != self.spec:
+            raise ValueError(f"the checkpoint was trained on '{state['objective']}', this run on '{self.spec}'")
+        self.tracker.load_state_dict(state["population"])
+        self.dual.load_state_dict(state["dual"])
+        self.guards.load_state_dict(state["guards"])
+
+
+def _population(laws: RewardDistribution) -> RewardDistribution:
+    if len(laws) > LAWS_IN_POPULATION:
+        laws = laws[torch.linspace(0, len(laws) - 1, LAWS_IN_POPULATION).round().long()]
+    if len(laws) == 1:
+        # One law alone would stay on its own few levels, and the tracker could not average it with others.
+        laws = laws[torch.tensor([0, 0])]
+    return population_law(laws).to(torch.float64)

@@ -1,0 +1,414 @@
+"""The objective of a rollout: population over steps, schedules, constraints, guards, and their state."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from reward.distribution import RewardDistribution
+from rlhf.attributes import WHOLE, build_objectives, split_attributes
+from rlhf.constraints import DualAscent, parse_constraint, read_constraint
+from rlhf.guards import RiskGuards, effective_sample_size, rank_correlation
+from rlhf.influence import population_law
+from rlhf.measures import RiskSpecError
+from rlhf.objective import RiskObjective
+from rlhf.population import PopulationTracker
+from rlhf.risk import parse_risk
+from rlhf.schedules import RiskSchedule
+
+LEVELS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+
+
+def point(*values, dtype=torch.float64):
+    """Laws without spread at these ratings."""
+    return RewardDistribution(LEVELS.double(), torch.tensor(values, dtype=dtype).unsqueeze(-1).expand(-1, 5).clone())
+
+
+def spread_laws(count=40, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.randn(count, 1, generator=generator, dtype=dtype)
+    width = torch.rand(count, 1, generator=generator, dtype=dtype) * 2
+    return RewardDistribution(LEVELS.to(dtype), place + width * torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0], dtype=dtype))
+
+
+# ---- The population over steps ---------------------------------------------------------------------------------
+
+
+def test_average_over_steps_by_hand():
+    tracker = PopulationTracker(decay=0.5)
+    assert tracker.law is None
+    for value in (8.0, 2.0, -4.0):
+        tracker.update(RewardDistribution(torch.tensor([0.25, 0.75]), torch.tensor([value, value + 1])))
+    # Weights 1/4, 1/2, 1 over their sum 7/4.
+    expected = (8 * 0.25 + 2 * 0.5 - 4 * 1) / 1.75
+    assert tracker.law.values.tolist() == pytest.approx([expected, expected + 1], abs=1e-12)
+
+
+def test_first_law_counts_in_full():
+    tracker = PopulationTracker(decay=0.99)
+    tracker.update(RewardDistribution(torch.tensor([0.5]), torch.tensor([-3.0])))
+    assert tracker.law.values.item() == pytest.approx(-3.0, abs=1e-12)
+
+
+def test_tracker_continues_bit_by_bit():
+    whole, first = PopulationTracker(0.9), PopulationTracker(0.9)
+    laws = [population_law(spread_laws(seed=seed)) for seed in range(4)]
+    for law in laws:
+        whole.update(law)
+    for law in laws[:2]:
+        first.update(law)
+    second = PopulationTracker(0.3)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for law in laws[2:]:
+        second.update(law)
+    assert torch.equal(whole.law.values, second.law.values)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
+def test_tracker_refuses_a_decay_without_meaning(decay):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
+        PopulationTracker(decay)
+
+
+def test_tracker_refuses_what_is_no_population():
+    tracker = PopulationTracker()
+    with pytest.raises(ValueError, match="one law"):
+        tracker.update(point(1.0, 2.0))
+    with pytest.raises(ValueError, match="finite"):
+        tracker.update(RewardDistribution(torch.tensor([0.5]), torch.tensor([math.nan])))
+    tracker.update(RewardDistribution(torch.tensor([0.5]), torch.tensor([0.0])))
+    with pytest.raises(ValueError, match="1 levels before and has 2 others"):
+        tracker.update(RewardDistribution(torch.tensor([0.2, 0.5]), torch.tensor([0.0, 1.0])))
+
+
+# ---- Schedules ---------------------------------------------------------------------------------------------------
+
+
+def schedule(first, last, **settings):
+    return RiskSchedule(parse_risk(first), parse_risk(last), **settings)
+
+
+@pytest.mark.parametrize(
+    ("progress", "spec"), [(0.0, "mean"), (0.25, "cvar:0.775"), (0.5, "cvar:0.55"), (1.0, "cvar:0.1")]
+)
+def test_alpha_narrows_from_the_mean(progress, spec):
+    assert schedule("mean", "cvar:0.1").at(progress).spec == spec
+
+
+def test_cosine_is_slow_at_both_ends():
+    cosine = schedule("cvar:1", "cvar:0.2", shape="cosine", begin=0.2, end=0.6)
+    assert cosine.at(0.2).spec == "cvar:1"
+    # A quarter of the way: (1 - cos 45°) / 2 = 0.1464...
+    assert cosine.weight(0.3) == pytest.approx((1 - math.sqrt(0.5)) / 2, abs=1e-12)
+    assert cosine.at(0.4).alpha == pytest.approx(0.6, abs=1e-9)
+    assert cosine.at(0.61).spec == "cvar:0.2"
+
+
+def test_measures_of_different_kinds_are_mixed():
+    mixed = schedule("mean", "entropic:2").at(0.25)
+    laws = spread_laws()
+    expected = 0.75 * laws.mean() + 0.25 * parse_risk("entropic:2")(laws)
+    torch.testing.assert_close(mixed(laws), expected, atol=1e-12, rtol=0)
+    assert schedule("mean_variance:0", "mean_variance:1").at(0.25).spec == "mean_variance:0.25"
+    tails = schedule("spectral:0.5@1,0.5@0.1", "spectral:0.9@1,0.1@0.2").at(0.5)
+    expected = (parse_risk("spectral:0.5@1,0.5@0.1")(laws) + parse_risk("spectral:0.9@1,0.1@0.2")(laws)) / 2
+    torch.testing.assert_close(tails(laws), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"shape": "step"}, {"begin": 0.5, "end": 0.5}, {"end": 1.5}, {"begin": -0.1}])
+def test_schedule_refuses_what_does_not_exist(settings):
+    with pytest.raises(RiskSpecError, match="risk schedule"):
+        schedule("mean", "cvar:0.1", **settings)
+
+
+# ---- Constraints -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "spec", "bound"),
+    [
+        ("cvar:0.05 >= -1.0", "cvar:0.05 >= -1", -1.0),
+        ("below:-2<=0.01", "below:-2 <= 0.01", -0.01),
+        ("0.5*mean+0.5*cvar:0.1>=1e-1", "0.5*mean+0.5*cvar:0.1 >= 0.1", 0.1),
+    ],
+)
+def test_constraints_are_read(text, spec, bound):
+    constraint = parse_constraint(text)
+    assert (constraint.spec, constraint.bound) == (spec, bound)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cvar:0.05", "cannot read the constraint"),
+        ("cvar:0.05 > -1", "cannot read the constraint"),
+        ("cvar:0.05 <= -1", "would keep ratings bad"),
+        ("below:-2 >= 0.01", "would keep ratings bad"),
+        ("below:-2 <= 1.5", "lies in"),
+        ("mean >= nan", "finite number"),
+        ("mean >= often", "finite number"),
+        ("cvar:5 >= 0", "cvar"),
+        ("python:math:floor >= 0", "influence"),
+        (3, "cannot read the constraint"),
+    ],
+)
+def test_broken_constraints_say_what_is_wrong(text, message):
+    with pytest.raises(RiskSpecError, match=message):
+        parse_constraint(text)
+
+
+def test_a_constraint_in_one_batch_by_hand():
+    laws = point(-3.0, 1.0, 1.0, 5.0)
+    reading = read_constraint(parse_constraint("below:0 <= 0.5"), population_law(laws), laws)
+    # One of four answers lies below: share 0.25, standard deviation 0.5, standard error 0.25.
+    assert reading.value == pytest.approx(0.25, abs=1e-9)
+    assert (reading.low, reading.high) == pytest.approx((0.25 - 1.959964 * 0.25, 0.25 + 1.959964 * 0.25), abs=1e-6)
+    assert reading.state == "undecided"
+    assert read_constraint(parse_constraint("mean >= -9"), population_law(laws), laws).state == "holds"
+    assert read_constraint(parse_constraint("mean >= 9"), population_law(laws), laws).state == "violated"
+
+
+def test_answers_of_one_prompt_are_no_independent_evidence():
+    laws = point(*([-3.0] * 6 + [1.0] * 6 + [5.0] * 6))
+    groups = torch.arange(3).repeat_interleave(6)
+    constraint = parse_constraint("mean >= 0")
+    by_prompt = read_constraint(constraint, population_law(laws), laws, groups)
+    three = point(-3.0, 1.0, 5.0)
+    alone = read_constraint(constraint, population_law(three), three)
+    assert (by_prompt.low, by_prompt.high) == pytest.approx((alone.low, alone.high), abs=1e-9)
+    assert read_constraint(constraint, population_law(laws), laws).low > by_prompt.low + 1
+
+
+def test_interval_of_the_tail_covers():
+    generator = torch.Generator().manual_seed(5)
+    normal = torch.randn(400, 60, generator=generator, dtype=torch.float64)
+    # CVaR 20 % of a standard normal law is -φ(z)/0.2 with z its 20 % quantile.
+    truth = -1.3998
+    covered = 0
+    for sample in normal:
+        laws = point(*sample.tolist())
+        reading = read_constraint(parse_constraint("cvar:0.2 >= 0"), population_law(laws), laws)
+        covered += reading.low <= truth <= reading.high
+    # 400 trials of 0.95 have a standard deviation of 1.1 points; the delta method is a little short at 60 answers.
+    assert 0.89 <= covered / 400 <= 0.98
+
+
+def test_multipliers_move_by_hand():
+    dual = DualAscent([parse_constraint("mean >= 2")], step_size=0.5, start=1.0)
+    laws = point(0.0, 2.0)
+    dual.step(population_law(laws), laws)
+    # Shortfall 1 at a standard deviation of 1: the largest step.
+    assert dual.multipliers == pytest.approx([math.exp(0.5)], abs=1e-9)
+    laws = point(0.0, 4.8)
+    dual.step(population_law(laws), laws)
+    # Scales 1 and 2.4 averaged with weights 0.9 and 1; shortfall -0.4.
+    scale = (0.9 * 1 + 2.4) / 1.9
+    assert dual.multipliers == pytest.approx([math.exp(0.5 - 0.5 * 0.4 / scale)], abs=1e-9)
+
+
+def test_multipliers_stay_in_their_bounds():
+    dual = DualAscent([parse_constraint("mean >= 100")], step_size=3.0, bounds=(0.05, 7.0))
+    laws = point(0.0, 2.0)
+    for _ in range(5):
+        dual.step(population_law(laws), laws)
+    assert dual.multipliers == pytest.approx([7.0])
+    dual = DualAscent([parse_constraint("mean >= -100")], step_size=3.0, bounds=(0.05, 7.0))
+    for _ in range(5):
+        dual.step(population_law(laws), laws)
+    assert dual.multipliers == pytest.approx([0.05])
+
+
+def test_utility_is_the_lagrangian():
+    constraints = [parse_constraint("cvar:0.3 >= -1"), parse_constraint("below:-1 <= 0.1")]
+    dual = DualAscent(constraints, start=0.5)
+    laws = spread_laws()
+    population = population_law(laws)
+    utility = dual.utility(laws.mean(), laws, population)
+    nu = population.quantile(0.3)
+    dense = laws.quantile((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)
+    tail = nu - (nu - dense).clamp_min(0).mean(-1) / 0.3
+    expected = (laws.mean() + 0.5 * tail - 0.5 * laws.cdf(-1.0)) / 2
+    torch.testing.assert_close(utility, expected, atol=1e-4, rtol=0)  # the dense grid of 20,000 levels
+    torch.testing.assert_close(dual.utility(laws.mean(), laws, population, ramp=0.0), laws.mean())
+
+
+def test_constraints_refuse_a_measure_bounded_twice():
+    with pytest.raises(RiskSpecError, match="bounded by several"):
+        DualAscent([parse_constraint("mean >= 1"), parse_constraint("mean >= 2")])
+    with pytest.raises(RiskSpecError, match="step size"):
+        DualAscent([], step_size=0.0)
+
+
+# ---- Guards ------------------------------------------------------------------------------------------------------
+
+
+def test_rank_correlation_with_ties_by_hand():
+    # Ranks 1, 2.5, 2.5, 4 against 2, 1, 3, 4: products sum to 3, squares to 4.5 and 5.
+    first, second = torch.tensor([0.0, 1.0, 1.0, 9.0]), torch.tensor([5.0, 4.0, 6.0, 7.0])
+    assert rank_correlation(first, second) == pytest.approx(3 / math.sqrt(4.5 * 5.0), abs=1e-12)
+    assert math.isnan(rank_correlation(torch.ones(3), second[:3]))
+
+
+def test_effective_sample_size_by_hand():
+    assert effective_sample_size(torch.tensor([1.0, -1.0, 1.0, -1.0])) == pytest.approx(4.0)
+    # One of ten stands out: (0.9 + 9 * 0.1)² / (0.81 + 9 * 0.01) = 3.6.
+    assert effective_sample_size(torch.tensor([1.0] + [0.0] * 9)) == pytest.approx(3.6, abs=1e-6)
+    assert effective_sample_size(torch.ones(4)) == 0.0
+
+
+def look(guards, measure="cvar:0.1", scope="response", utility=None, means=None, lowest=0.05):
+    means = torch.arange(40.0) if means is None else means
+    return guards.look(parse_risk(measure), scope, means if utility is None else utility, means, lowest)
+
+
+def test_same_order_as_the_mean_is_told_once_after_some_rollouts():
+    guards = RiskGuards(patience=3)
+    said = [look(guards)[1] for _ in range(6)]
+    assert [len(lines) for lines in said] == [0, 0, 1, 0, 0, 0]
+    assert "rank correlation 1.0000" in said[2][0]
+    assert all(not look(RiskGuards(patience=1), measure="mean")[1] for _ in range(2))
+
+
+def test_one_different_rollout_starts_the_count_anew():
+    guards = RiskGuards(patience=2)
+    other = torch.arange(40.0).flip(0)
+    assert not look(guards)[1]
+    assert not look(guards, utility=other)[1]
+    assert not look(guards)[1]
+    assert look(guards)[1]
+
+
+def test_constant_utilities_and_lone_samples_are_told():
+    (line,) = look(RiskGuards(patience=1), utility=torch.ones(40))[1]
+    assert "all 40 answers had the same utility" in line
+    lone = torch.zeros(40)
+    lone[7] = -1.0
+    numbers, (line,) = look(RiskGuards(patience=1), utility=lone)
+    assert "only 3.9 of 40 answers" in line
+    assert numbers["risk/effective_samples"] == pytest.approx(4 * 39 / 40, abs=1e-4)
+
+
+def test_a_tail_below_the_lowest_level_is_told():
+    other = torch.arange(40.0).flip(0)
+    (line,) = look(RiskGuards(), measure="0.5*mean+0.5*cvar:0.01", utility=other)[1]
+    assert "worst 0.01" in line
+    assert "lowest quantile is at 0.05" in line
+    assert not look(RiskGuards(), measure="cvar:0.05", utility=other)[1]
+    assert not look(RiskGuards(), measure="cvar:0.01", scope="population", utility=other)[1]
+
+
+# ---- The objective -----------------------------------------------------------------------------------------------
+
+
+def test_response_scope_is_the_measure_of_each_law():
+    laws = spread_laws()
+    utility, numbers, _ = RiskObjective("cvar:0.3").learn(laws)
+    torch.testing.assert_close(utility, parse_risk("cvar:0.3")(laws), atol=0, rtol=0)
+    assert numbers["population/rating_mean"] == pytest.approx(laws.mean().mean().item(), abs=1e-9)
+
+
+def test_population_scope_looks_at_the_population_of_all_steps():
+    objective = RiskObjective("cvar:0.5", "population", decay=0.5)
+    first, second = point(-4.0, 0.0, 2.0, 6.0), point(-2.0, 2.0, 4.0, 8.0)
+    objective.learn(first)
+    utility, numbers, _ = objective.learn(second)
+    nu = numbers["risk/cvar:0.5/nu"]
+    # Medians of the two populations, jumps from 0 to 2 and from 2 to 4, with weights 1/3 and 2/3.
+    assert nu == pytest.approx(
+        (
+            parse_risk("quantile:0.5")(population_law(first)) + 2 * parse_risk("quantile:0.5")(population_law(second))
+        ).item()
+        / 3,
+        abs=1e-9,
+    )
+    expected = [nu - max(nu - z, 0.0) / 0.5 for z in (-2.0, 2.0, 4.0, 8.0)]
+    assert utility.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_evaluation_changes_nothing():
+    objective = RiskObjective("cvar:0.2", "population", constraints=["cvar:0.1 >= 0"])
+    objective.learn(spread_laws())
+    before = json.dumps(objective.state_dict())
+    utility = objective.evaluate(spread_laws(seed=1))
+    assert utility.shape == (40,)
+    assert json.dumps(objective.state_dict()) == before
+
+
+def test_law_without_numbers_has_no_say():
+    laws = spread_laws()
+    broken = RewardDistribution(laws.levels, laws.values.clone())
+    broken.values[3] = math.nan
+    kept = torch.arange(40) != 3
+    for scope in ("response", "population"):
+        utility, _, _ = RiskObjective("cvar:0.2", scope).learn(broken)
+        assert utility[3].isnan()
+        alone, _, _ = RiskObjective("cvar:0.2", scope).learn(laws[kept])
+        torch.testing.assert_close(utility[kept], alone, atol=0, rtol=0)
+    nothing = RewardDistribution(laws.levels, torch.full_like(laws.values, math.nan))
+    utility, numbers, _ = RiskObjective("cvar:0.2", "population").learn(nothing)
+    assert utility.isnan().all()
+    assert numbers == {}
+
+
+def test_schedule_needs_to_know_how_far_training_is():
+    objective = RiskObjective("cvar:0.2", schedule=schedule("mean", "cvar:0.2"))
+    with pytest.raises(ValueError, match="how far training is"):
+        objective.learn(spread_laws())
+    laws = spread_laws()
+    torch.testing.assert_close(objective.learn(laws, progress=0.0)[0], laws.mean(), atol=1e-12, rtol=0)
+
+
+def test_state_continues_bit_by_bit():
+    def fresh():
+        return RiskObjective(
+            "cvar:0.2", "population", constraints=["below:-1 <= 0.05"], schedule=schedule("mean", "cvar:0.2")
+        )
+
+    whole, first, second = fresh(), fresh(), fresh()
+    for step in range(4):
+        whole.learn(spread_laws(seed=step), progress=step / 4)
+    for step in range(2):
+        first.learn(spread_laws(seed=step), progress=step / 4)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step in range(2, 4):
+        last, _, _ = second.learn(spread_laws(seed=step), progress=step / 4)
+    assert json.dumps(whole.state_dict()) == json.dumps(second.state_dict())
+    assert torch.equal(whole.evaluate(spread_laws(seed=3), progress=0.75), second.evaluate(spread_laws(seed=3), 0.75))
+    assert last.isfinite().all()
+    with pytest.raises(ValueError, match="was trained on"):
+        RiskObjective("cvar:0.2").load_state_dict(first.state_dict())
+
+
+def test_user_functions_have_no_population():
+    with pytest.raises(RiskSpecError, match="response scope only"):
+        RiskObjective("python:math:floor", "population")
+    with pytest.raises(RiskSpecError, match="'response' or 'population'"):
+        RiskObjective("mean", "everything")
+
+
+# ---- Attributes --------------------------------------------------------------------------------------------------
+
+
+def test_attributes_are_split():
+    split = split_attributes("helpfulness = mean; harmlessness=0.5*cvar:0.05")
+    assert split == {"helpfulness": "mean", "harmlessness": "0.5*cvar:0.05"}
+    assert split_attributes("cvar:0.1") == {WHOLE: "cvar:0.1"}
+
+
+@pytest.mark.parametrize("risk", ["a=mean; a=cvar:0.1", "a=mean;", "a=", "=mean; b=mean"])
+def test_broken_attribute_specs_say_what_is_wrong(risk):
+    with pytest.raises(RiskSpecError, match=r"two measures|cannot read"):
+        split_attributes(risk)
+
+
+def test_constraints_find_their_attribute():
+    objectives = build_objectives("a=mean; b=cvar:0.2", constraints=["b=cvar:0.05 >= -1", "a=below:-2 <= 0.1"])
+    assert {name: [c.spec for c in o.dual.constraints] for name, o in objectives.items()} == {
+        "a": ["below:-2 <= 0.1"],
+        "b": ["cvar:0.05 >= -1"],
+    }
+    with pytest.raises(RiskSpecError, match=r"does not fit the risk, which speaks of 'a=\.\.\.'"):
+        build_objectives("a=mean", constraints=["cvar:0.05 >= -1"])
+    with pytest.raises(RiskSpecError, match="needs a schedule"):
+        build_objectives("cvar:0.1", schedule_from="cvar:1")
