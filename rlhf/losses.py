@@ -191,8 +191,8 @@ def quantile_value_loss(quantiles: Tensor, returns: Tensor, huber_kappa: float, 
         loss = meanₖ |tₖ − 1{u < 0}| · H_κ(u) / κ        tₖ = (2k − 1) / 2K
 
     For κ = 0 the pinball loss, whose minimiser is the true quantile; κ > 0 rounds its kink and moves the minimiser
-    towards the mean by an amount of order κ. Each θₖ is pushed with a slope of at most 1, all of them together with
-    at most about ½, however far the return is. So there is no clip: nothing here grows with the error.
+    towards the mean by an amount of order κ. A shift of all θ together meets a slope of at most ½, however far the
+    return is. So there is no clip: no gradient grows with the error.
 
     Args:
         quantiles: (B, T, K) θ from the critic being trained, not sorted; the only argument that receives a gradient.
