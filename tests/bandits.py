@@ -4,6 +4,8 @@ Ratings take a few outcomes, so that the law of a rating under a policy is a vec
 measure of it can be written down from its definition.
 """
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,26 +93,43 @@ def sampled_population(laws: RewardDistribution, counts: Tensor, num_levels: int
     return mixture([laws[index] for index in present], counts[present].double() / counts.sum(), num_levels)
 
 
-def train(
-    bandit: Bandit,
-    measure: RiskMeasure,
-    scope: str,
-    seed: int,
-    steps: int = 16,
-    batch: int = 192,
-    learning_rate: float = 3.0,
-    epochs: int = 2,
-) -> Tensor:
-    """The policy (X, Y) that PPO ends on, from the uniform one: the steps of `PPOTrainer` on one token, in float64.
+def train(bandit: Bandit, measure: RiskMeasure, scope: str, seed: int) -> Tensor:
+    """The policy (X, Y) that PPO ends on, from the uniform one.
 
     Args:
         scope: "response" for ρ of each answer's own law, "population" for its worth to ρ of the law of the batch.
     """
+
+    def worth_of(laws: RewardDistribution, drawn: Tensor) -> Tensor:
+        if scope == "response":
+            return measure(laws)
+        population = sampled_population(laws, drawn.bincount(minlength=len(laws)))
+        return expected_influence(measure, laws, statistics(measure, population))
+
+    return list(policies(bandit, worth_of, seed))[-1]
+
+
+def policies(
+    bandit: Bandit,
+    worth_of: Callable[[RewardDistribution, Tensor], Tensor],
+    seed: int,
+    *,
+    steps: int = 16,
+    batch: int = 192,
+    learning_rate: float = 3.0,
+    epochs: int = 2,
+    kl_coef: float = 0.0,
+) -> Iterator[Tensor]:
+    """The policy (X, Y) after each step of PPO: those of `PPOTrainer` on one token, in float64.
+
+    Args:
+        worth_of: from the laws of all X·Y pairs and the indices of those drawn (batch,) to the utility of each pair.
+        kl_coef: price of the KL to the uniform policy, where training starts.
+    """
     generator = torch.Generator().manual_seed(seed)
     laws = bandit.laws()
     num_prompts, num_answers = laws.batch_shape
-    flat = RewardDistribution(laws.levels, laws.values.reshape(num_prompts * num_answers, -1))
-    own = measure(flat) if scope == "response" else None
+    laws = RewardDistribution(laws.levels, laws.values.flatten(0, 1))
     logits = torch.zeros(num_prompts, num_answers, dtype=torch.float64, requires_grad=True)
     critic = torch.zeros(num_prompts, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(batch, 1, dtype=torch.bool)
@@ -119,13 +138,8 @@ def train(
         old = logits.detach().log_softmax(-1)[prompts]
         answers = torch.multinomial(old.exp(), 1, generator=generator)
         drawn = prompts * num_answers + answers.squeeze(-1)
-        if scope == "population":
-            population = sampled_population(flat, drawn.bincount(minlength=len(flat)))
-            worth = expected_influence(measure, flat, statistics(measure, population))[drawn]
-        else:
-            worth = own[drawn]
         old_logprobs, old_values = old.gather(-1, answers), critic.detach()[prompts].unsqueeze(-1)
-        rewards = token_rewards(worth, torch.zeros_like(old_logprobs), mask, kl_coef=0.0)
+        rewards = token_rewards(worth_of(laws, drawn)[drawn], old_logprobs + math.log(num_answers), mask, kl_coef)
         advantages, returns = gae(rewards, old_values, mask, gamma=1.0, gae_lambda=1.0)
         advantages = centre_and_scale(advantages, mask)
         for _ in range(epochs):
@@ -138,4 +152,4 @@ def train(
             with torch.no_grad():
                 logits -= learning_rate * steep
                 critic -= error
-    return logits.detach().softmax(-1)
+        yield logits.detach().softmax(-1)
