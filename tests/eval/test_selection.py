@@ -124,6 +124,14 @@ def test_an_answer_without_a_law_is_never_selected(scope):
     assert found.utilities[1].tolist()[1] == -math.inf
 
 
+@pytest.mark.parametrize("scope", ["response", "population"])
+def test_half_a_law_is_none(scope):
+    # The lowest quantile of the broken answer is the best one, and known.
+    values = torch.tensor([[[0.0, 1.0, 2.0], [0.5, 1.0, math.inf]]] * 2, dtype=torch.float64)
+    found = select_best(RewardDistribution(LEVELS, values), parse_risk("quantile:0.1"), scope)
+    assert found.chosen.tolist() == [0, 0]
+
+
 # Population scope
 
 
@@ -181,6 +189,22 @@ def test_against_all_selections(spec):
         if spec in EXACT:
             # 400 levels blur the law of all ratings by less than this.
             assert found.value == pytest.approx(best, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("seed", "chosen", "other"),
+    [
+        (37, [2, 1, 0], [0, 1, 0]),  # climbed to from the mean; the climb from response scope ends at the other
+        (33, [0, 2, 2], [0, 0, 1]),  # from response scope; the climb from the mean ends at the other
+    ],
+)
+def test_the_better_of_two_climbs_counts(seed, chosen, other):
+    laws, measure = random_laws(seed, prompts=3), parse_risk("cvar:0.2")
+    found = select_best(laws, measure, "population")
+    assert found.chosen.tolist() == chosen
+    values = every_selection(laws, measure)
+    assert found.value == pytest.approx(values[tuple(chosen)]) == pytest.approx(max(values.values()))
+    assert values[tuple(other)] < found.value - 0.1
 
 
 def test_what_settles_is_its_own_best_reply():
