@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -33,6 +34,7 @@ from reward.features import trunk_features
 from reward.frozen import compare_non_crossing, fit_frozen_heads
 from reward.modeling import QRMForSequenceClassification
 from reward.preferences import PairCollator, load_preferences, side_by_side, split_pairs, tokenize_preferences
+from reward.reading import whole_weights
 from reward.training import (
     QRMTrainer,
     QRMTrainingArguments,
@@ -167,6 +169,12 @@ def check_arguments(data: DataArguments, args: QRMTrainingArguments, model_confi
         raise ValueError("frozen_trunk and use_peft exclude each other: adapters change the trunk.")
     if args.frozen_trunk and args.quantile_loss != "pinball":
         raise ValueError("quantile_loss huber is for end-to-end training; a frozen trunk's heads minimise pinball.")
+    if args.frozen_trunk and (args.spread_weight or args.calibration_share):
+        raise ValueError("spread_weight and calibration_share are for end-to-end training, not for a frozen trunk.")
+    if not data.dataset_name and (args.spread_weight or args.calibration_share):
+        raise ValueError("spread_weight and calibration_share need ratings: set --dataset_name.")
+    if data.preference_dataset_name and args.calibration_share:
+        raise ValueError("calibration_share fits the heads to ratings alone, which would undo the preference pairs.")
     if args.frozen_trunk and data.preference_dataset_name:
         raise ValueError("frozen_trunk learns from ratings; recipes/train_gate.py then weighs attributes by pairs.")
     folder = Path(args.output_dir)
@@ -354,10 +362,15 @@ def fit_model(
         # Ratings say nothing about the gate, and under DDP a parameter without a gradient stops the second step.
         model.attribute_gate.requires_grad_(False)
     lora = get_peft_config(model_config)
+    train, calibration = tokens["train"], None
+    if args.calibration_share:
+        parts = train.train_test_split(args.calibration_share, seed=args.seed)
+        train, calibration = parts["train"], parts["test"]
+        say(f"{len(train)} texts for the trunk, {len(calibration)} to fit the heads on afterwards.")
     trainer = QRMTrainer(
         model=model if lora is None else add_lora(model, lora),
         args=args,
-        train_dataset=tokens["train"],
+        train_dataset=train,
         eval_dataset=tokens["held_out"],
         data_collator=PairCollator(tokenizer),
         processing_class=tokenizer,
@@ -369,16 +382,43 @@ def fit_model(
     trainer.train(resume_from_checkpoint=resume)
     scoring = {"batch_size": args.per_device_eval_batch_size, "device": args.device}
     predictions, report = None, {}
+    save_reward_model(trainer, tokenizer, args.output_dir)
+    reader = trainer.model_wrapped
+    if calibration is not None:
+        reader = fit_heads_anew(calibration, tokenizer, args)
     if "ratings" in tokens:
         predictions = predict_quantiles(
-            trainer.model_wrapped, tokens["ratings"]["input_ids"][:], RatingCollator(tokenizer), **scoring
+            reader, tokens["ratings"]["input_ids"][:], RatingCollator(tokenizer), **scoring
         )
     if "pairs" in tokens:
         scores = predict_scores(trainer.model_wrapped, tokens["pairs"], RatingCollator(tokenizer), **scoring)
         wins = preference_accuracy(*(side.numpy() for side in scores)).overall
         report["preferences"] = {"accuracy": wins.value, "low": wins.low, "high": wins.high, "pairs": wins.n}
-    save_reward_model(trainer, tokenizer, args.output_dir)
     return predictions, report
+
+
+def fit_heads_anew(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, args: QRMTrainingArguments
+) -> QRMForSequenceClassification:
+    """The model in the output folder, with heads fitted to texts that its trunk has not learnt; saved there again."""
+    with whole_weights():
+        model = QRMForSequenceClassification.from_pretrained(args.output_dir).to(args.device).eval()
+    features = trunk_features(
+        model,
+        texts["input_ids"][:],
+        RatingCollator(tokenizer),
+        batch_size=args.per_device_eval_batch_size,
+        device=args.device,
+    )
+    # As in `fit_heads`, every rank comes to the same heads by itself.
+    options = {"ridge": args.ridge, "seed": args.seed, "report": say}
+    if not isinstance(model.quantile_head, nn.Linear):
+        options |= {"learning_rate": args.head_learning_rate or args.learning_rate}
+    fit_frozen_heads(model, features, texts["ratings"][:], **options)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        model.save_pretrained(args.output_dir)
+    return model
 
 
 def write_results(report: dict[str, Any], folder: Path) -> None:

@@ -8,7 +8,7 @@ trained on them alone, a model shifts its quantiles together.
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from reward.data import RatingCollator, tokenize_texts
 from reward.features import map_texts
 from reward.modeling import QRMForSequenceClassification
-from reward.objectives import bradley_terry_loss, pinball_loss, quantile_huber_loss
+from reward.objectives import bradley_terry_loss, pinball_loss, quantile_huber_loss, spread_loss
 
 
 @dataclass
@@ -48,6 +48,20 @@ class QRMTrainingArguments(TrainingArguments):
     )
     huber_kappa: float = field(
         default=1.0, metadata={"help": "Width of the quadratic zone of the huber loss, in rating units."}
+    )
+    spread_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of (standard deviation of the law - that of the text's raters)^2 beside the loss on "
+            "ratings; use it with calibration_share, which sets the width right again."
+        },
+    )
+    calibration_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Keep this share of the training texts from the trunk, and fit the heads anew on them afterwards: "
+            "on texts that it has learnt, a trunk looks surer than it is."
+        },
     )
     preference_weight: float = field(
         default=1.0, metadata={"help": "Weight of the Bradley-Terry loss on pairs beside that on ratings, which is 1."}
@@ -95,6 +109,10 @@ class QRMTrainingArguments(TrainingArguments):
         for name in ("huber_kappa", "preference_weight", "preference_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not (math.isfinite(self.spread_weight) and self.spread_weight >= 0):
+            raise ValueError(f"spread_weight must be 0 or more, got {self.spread_weight}.")
+        if not 0 <= self.calibration_share < 1:
+            raise ValueError(f"calibration_share must be at least 0 and below 1, got {self.calibration_share}.")
         if self.num_frozen_layers is not None and self.num_frozen_layers < 0:
             raise ValueError(f"num_frozen_layers must be 0 or more, got {self.num_frozen_layers}.")
 
@@ -184,7 +202,8 @@ def _is_trained(module: nn.Module | None) -> bool:
 class QRMTrainer(Trainer):
     """A `transformers.Trainer` that learns from ratings and pairs, with a learning rate of their own for the heads.
 
-        loss = quantile loss on ratings − preference_weight · log σ(preference_scale · (s⁺ − s⁻ − margin))
+        loss = quantile loss on ratings + spread_weight · spread loss
+               − preference_weight · log σ(preference_scale · (s⁺ − s⁻ − margin))
 
     s⁺ and s⁻ are the scores of the chosen and the rejected answer.
     Either part may be missing from a dataset; a batch comes from `RatingCollator` or `PairCollator`. Evaluation gives
@@ -201,6 +220,8 @@ class QRMTrainer(Trainer):
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if self.args.quantile_loss == "huber":
             model.objective = functools.partial(quantile_huber_loss, kappa=self.args.huber_kappa)
+        if self.args.spread_weight:
+            model.objective = functools.partial(_with_spread, model.objective, self.args.spread_weight)
 
     def compute_loss(
         self,
@@ -271,6 +292,13 @@ class QRMTrainer(Trainer):
         """As in transformers, but without its pickled copy of the settings; `calibration.json` names what matters."""
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def _with_spread(
+    objective: Callable[..., Tensor], weight: float, quantiles: Tensor, targets: Tensor, levels: Tensor, **mask: Tensor
+) -> Tensor:
+    loss = objective(quantiles, targets, levels, **mask)
+    return loss + weight * spread_loss(quantiles, targets, levels, **mask)
 
 
 def _sides(scores: Tensor, num_pairs: int) -> Tensor:

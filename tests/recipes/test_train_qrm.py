@@ -12,8 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import TrlParser
 
 from reward.calibration import calibration_report
-from reward.data import load_ratings, rating_dataset, rating_row
+from reward.data import RatingCollator, load_ratings, pad_ratings, rating_dataset, rating_row
+from reward.features import trunk_features
 from reward.modeling import QRMForSequenceClassification
+from reward.quantile_regression import fit_linear_quantiles
+from reward.training import predict_quantiles, tokenize_ratings
 
 
 def load_recipe(name):
@@ -119,6 +122,30 @@ def test_a_run_leaves_a_model_its_calibration_and_a_card(folder, tmp_path, flags
     again = calibration_report(quantiles, rows["ratings"][:], rows["source"][:], model.levels, constant)
     assert again["pinball"] == pytest.approx(report["pinball"], rel=1e-4)
     assert report["levels"] == pytest.approx(model.levels.tolist(), abs=1e-6)
+
+
+def test_heads_are_fitted_anew_on_texts_that_the_trunk_has_not_seen(folder, tmp_path, capsys):
+    flags = ["--spread_weight", 0.3, "--ridge", 0.01]
+    run(folder, "--output_dir", tmp_path / "a", "--calibration_share", 0.25, *flags)
+    assert "36 texts for the trunk, 12 to fit the heads on afterwards." in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    tokenizer.padding_side = "right"
+    rows, _ = tokenize_ratings(load_ratings(folder / "ratings", split="train"), tokenizer, 512)
+    kept = rows.train_test_split(0.25, seed=42)["test"]
+    features = trunk_features(model, kept["input_ids"][:], RatingCollator(tokenizer), batch_size=8, device="cpu")
+    fitted = fit_linear_quantiles(features, pad_ratings(kept["ratings"][:]), model.levels, ridge=[0.01])
+    torch.testing.assert_close(model.quantile_head.weight, fitted.weight.T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.quantile_head.bias, fitted.bias, atol=1e-5, rtol=0)
+    # The report is about the model that was saved.
+    report = json.loads((tmp_path / "a" / "calibration.json").read_text())
+    held_out = load_ratings(folder / "ratings", split="test")
+    ids, _ = tokenize_ratings(held_out, tokenizer, 512)
+    quantiles, _ = predict_quantiles(model, ids["input_ids"][:], RatingCollator(tokenizer), batch_size=8, device="cpu")
+    again = calibration_report(
+        quantiles, held_out["ratings"][:], held_out["source"][:], model.levels, torch.zeros(len(model.levels))
+    )
+    assert report["pinball"] == pytest.approx(again["pinball"], abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_model(folder, tmp_path):
@@ -259,6 +286,10 @@ def test_a_flag_overrides_the_file(folder, tmp_path):
         (["--frozen_trunk", "true", "--quantile_loss", "huber"], ValueError, "end-to-end"),
         (["--frozen_trunk", "true", "--preference_dataset_name", "x.jsonl"], ValueError, "train_gate"),
         (["--preference_dataset_name", "./nowhere.jsonl"], FileNotFoundError, "nowhere"),
+        (["--spread_weight", "-1"], ValueError, "spread_weight must be 0 or more"),
+        (["--calibration_share", "1"], ValueError, "below 1"),
+        (["--frozen_trunk", "true", "--calibration_share", "0.1"], ValueError, "not for a frozen trunk"),
+        (["--preference_dataset_name", "x.jsonl", "--calibration_share", "0.1"], ValueError, "undo the preference"),
     ],
 )
 def test_bad_input_is_one_clear_error(folder, tmp_path, flags, error, message):
@@ -314,14 +345,24 @@ def test_reward_model_and_judge_share_neither_trunk_nor_texts():
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("flags", [[], ["--frozen_trunk", "true", "--num_train_epochs", "3"]], ids=["whole", "frozen"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--frozen_trunk", "true", "--num_train_epochs", "3"],
+        ["--calibration_share", "0.25", "--spread_weight", "0.3", "--ridge", "0.01"],
+        ["--preference_dataset_name", "pairs.jsonl"],
+    ],
+    ids=["whole", "frozen", "anew", "pairs"],
+)
 def test_two_ranks_give_the_model_of_one(folder, tmp_path, flags):
     """Three texts on each of two ranks are the six of one rank: same steps, same held-out numbers."""
     reports = {}
     for ranks, name, size in ((1, "cpu", 6), (2, "ddp_cpu", 3)):
         output = tmp_path / str(ranks)
         # A frozen trunk's heads are fitted on every rank in full, so there the batch stays as it is.
-        size = 6 if flags else size
+        size = 6 if "--frozen_trunk" in flags else size
+        flags = [str(folder / flag) if flag == "pairs.jsonl" else flag for flag in flags]
         launch(
             cpu_config(name, tmp_path, ranks),
             *("recipes/train_qrm.py", "--config", folder / "qrm.yaml", "--output_dir", output),
@@ -339,3 +380,5 @@ def test_two_ranks_give_the_model_of_one(folder, tmp_path, flags):
     assert reports[2]["pinball"] == pytest.approx(reports[1]["pinball"], rel=1e-4)
     assert reports[2]["crossing_rate"] == pytest.approx(reports[1]["crossing_rate"], abs=1e-6)
     assert reports[2]["texts"] == 12
+    assert ("preferences" in reports[2]) == ("--preference_dataset_name" in flags)
+    assert reports[2].get("preferences") == reports[1].get("preferences")

@@ -6,7 +6,7 @@ import pytest
 import reference_risk
 import torch
 
-from reward.objectives import bradley_terry_loss, pinball_loss, quantile_huber_loss
+from reward.objectives import bradley_terry_loss, pinball_loss, quantile_huber_loss, spread_loss
 
 # B=2 texts, A=3 attributes, K=5 levels, M=7 raters: no two axes of one length.
 LEVELS = [0.05, 0.2, 0.5, 0.75, 0.9]
@@ -135,3 +135,17 @@ def test_shapes_that_would_broadcast_are_refused():
         pinball_loss(torch.zeros(2, 5), torch.zeros(2, 7), torch.tensor(LEVELS), torch.ones(7))
     with pytest.raises(ValueError, match="kappa"):
         quantile_huber_loss(torch.zeros(2, 5), torch.zeros(2, 7), torch.tensor(LEVELS), kappa=0.0)
+
+
+def test_spread_by_hand():
+    quantiles = torch.tensor([[-1.0, 3.0], [-1.0, 3.0], [-1.0, 3.0]], requires_grad=True)
+    nan = float("nan")
+    targets = torch.tensor([[0.0, 2.0, nan], [5.0, nan, nan], [nan, nan, nan]])
+    loss = spread_loss(quantiles, targets, torch.tensor([0.25, 0.75]), ~targets.isnan())
+    # Mean 1; a quarter of the mass at each end, the rest even between: variance 4/4 + 4/4 + 16/24. Raters: 0 and 2.
+    assert loss.tolist() == pytest.approx([((2 + 2 / 3) ** 0.5 - 1.0) ** 2, 0.0, 0.0], abs=1e-6)
+    loss.sum().backward()
+    # A shift of both quantiles changes no spread, and texts with fewer than two ratings have no say.
+    assert quantiles.grad[0, 0].item() == pytest.approx(-quantiles.grad[0, 1].item(), abs=1e-6)
+    assert quantiles.grad[0, 1] > 0.1
+    assert quantiles.grad[1:].abs().sum() == 0
