@@ -76,9 +76,9 @@ def feasible_best(arms, tail=None, share=None, grid=41):
 # Arms, constraints, their bounds; steps, first multiplier, step size; best policy. By hand: b = 0.25 · 1.2/0.9 = 1/3;
 # b = 0.09/0.3; and b = 0.03/0.3, m = (0.25 · 0.8 − 0.9 b)/0.4.
 PROBLEMS = {
-    "tail": ([BOLD, SAFE], ["cvar:0.25 >= -1.2"], {"tail": -1.2}, (70, 1.0, 0.1), [1 / 3, 2 / 3]),
-    "share": ([BOLD, SAFE], ["below:-2 <= 0.09"], {"share": 0.09}, (70, 10.0, 0.1), [0.3, 0.7]),
-    "both": ([BOLD, MID, SAFE], TWO, {"tail": -0.8, "share": 0.03}, (100, 1.0, 0.3), [0.1, 0.275, 0.625]),
+    "tail": ([BOLD, SAFE], ["cvar:0.25 >= -1.2"], {"tail": -1.2}, (80, 1.0, 0.1), [1 / 3, 2 / 3]),
+    "share": ([BOLD, SAFE], ["below:-2 <= 0.09"], {"share": 0.09}, (80, 10.0, 0.1), [0.3, 0.7]),
+    "both": ([BOLD, MID, SAFE], TWO, {"tail": -0.8, "share": 0.03}, (120, 1.0, 0.3), [0.1, 0.275, 0.625]),
 }
 
 
@@ -109,11 +109,10 @@ def test_the_best_mixture_is_the_one_of_the_header(problem):
 def test_dual_ascent_finds_the_best_mixture_and_its_multipliers(problem, seed):
     arms, specs, _, pace, best = PROBLEMS[problem]
     found, multipliers, _ = climb(arms, specs, seed, *pace)
-    late = slice(pace[0] // 2, None)
-    # Batches of 192 answers: over the second half the policy is known to 0.01 or so, a multiplier to a tenth.
-    assert found[late].mean(dim=0).tolist() == pytest.approx(best, abs=0.04)
+    # Batches of 192 answers: over forty steps the policy is known to 0.01 or so, a multiplier to a sixth.
+    assert found[-40:].mean(dim=0).tolist() == pytest.approx(best, abs=0.03)
     expected = multipliers_by_hand(problem, best)
-    assert multipliers[late].log().mean(dim=0).exp().tolist() == pytest.approx(expected.tolist(), rel=0.2)
+    assert multipliers[-40:].log().mean(dim=0).exp().tolist() == pytest.approx(expected.tolist(), rel=0.2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
