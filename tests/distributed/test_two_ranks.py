@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 def run(folder: Path, config: str, ranks: int, *settings: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """What one launch logged, and its final weights. The rollout holds 8 completions however many ranks share it."""
-    output = folder / f"{config}_{ranks}"
+    output = folder / "_".join([config, str(ranks), *(s.partition("=")[0] for s in settings)])
     launch(cpu_config(config, folder, ranks), SCRIPT, output, f"gradient_accumulation_steps={2 // ranks}", *settings)
     return json.loads((output / "record.json").read_text()), load_file(output / "weights.safetensors")
 
@@ -54,3 +54,19 @@ def test_two_ranks_equal_one(folder, alone, config, kind, stage):
         torch.testing.assert_close(weights[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     start = tiny_llama(initializer_range=0.3).state_dict()
     assert any(not torch.allclose(start[n], expected[f"policy.{n}"], atol=1e-3) for n in start)
+
+
+def test_quantile_critic_on_sharded_weights_equals_one_process(folder):
+    """Heads that start at zero need no gather, and quantiles no reduction of their own."""
+    head = 'critic_head="quantile"'
+    reference, expected = run(folder, "cpu", 1, head)
+    record, weights = run(folder, "zero3", 2, head)
+    assert (record["world_size"], record["zero_stage"]) == (2, 3)
+    names = ("loss", "grad_norm", "critic/return_mean", "critic/coverage_0.9", "critic/explained_variance_sampled")
+    for name in names:
+        assert len(record[name]) == 3
+        assert record[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-5), name
+    assert weights["value_head.linear.weight"].shape[0] == 32
+    assert weights["value_head.linear.weight"].abs().sum() > 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -15,6 +15,7 @@ from tiny import logged, tiny_llama, tiny_trainer
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 LOGGED = ("loss", "grad_norm", "reward/score_mean", "reward/score_q05", "kl/reference", "critic/return_mean")
+LOGGED += ("critic/coverage_0.9", "critic/explained_variance_sampled")
 
 
 def main(output: Path, settings: dict) -> None:
