@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test bench lint format browser clean
+.PHONY: help install quickstart study-risk test bench lint format browser clean
 
 help:
 	@echo "make quickstart   ratings -> reward model -> PPO (mean and cvar:0.1) -> report; about 20 minutes on 2 cores"
+	@echo "make study-risk   measures of risk at equal KL, three seeds each, after make quickstart; about 3 hours, resumable"
 	@echo "make test         lint and all tests"
 	@echo "make bench        the benchmarks behind docs/results.md; trains for hours on 2 cores, resumable"
 	@echo "make lint         ruff"
@@ -23,6 +24,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 quickstart: install
 	$(BIN)/python recipes/quickstart.py
+
+study-risk: install
+	$(BIN)/python recipes/study_risk.py
 
 bench: install
 	$(BIN)/python recipes/prepare_data.py

@@ -1,0 +1,381 @@
+"""Which risk measure makes extremely negative answers rarer, at equal KL and at what price in mean rating.
+
+    make study-risk        (or, in pieces: python recipes/study_risk.py --arms mean cvar_population --seeds 1)
+
+Every arm is PPO of the quickstart's policy on its reward model, with the same prompts, size and KL target, the KL
+coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start alike. The arms are
+
+    base                the policy before training
+    mean                --risk mean: what the others are compared with
+    cvar_response       --risk cvar:0.1, the worst tenth of the readers of each answer
+    cvar_population     --risk cvar:0.1 --risk_scope population, the worst tenth of all readings
+    mean_variance       --risk mean_variance:0.47 --risk_scope population. Over the 206,989 single human ratings of
+                        split `reward` (mean 0.14, variance 3.35, cvar:0.1 -2.99) its penalty is that of
+                        0.5*mean+0.5*cvar:0.1; twice that, the whole penalty of cvar:0.1, would fine every rating
+                        half a point above the mean
+    constraint          --risk mean --constraint "cvar:0.1 >= C". C is what the mean arm reached on its own, by the
+                        reward model over the last quarter of its rollouts, plus 0.15: a bound that binds, yet near
+    annealed            cvar:0.1, population scope, from alpha 1 (the mean) over the first 70 % of training
+    mixed               0.5*mean+0.5*cvar:0.1, population scope; only if asked for by --arms
+    best_of_4_mean      the best of 4 answers of the base by the reward model's mean: no training, 4 times the cost of
+    best_of_4_cvar      generation; the same by cvar:0.1 of each answer
+
+The judge, another model trained on other texts, rates held-out prompts, the same for all arms and seeds. An answer is
+extremely negative at or below the base's own 5 % quantile, frozen before any arm is looked at.
+
+Pieces (a training, an evaluation, a selection) that are complete are kept, an interrupted training continues at its
+last checkpoint, and seeds come in turn, so that an interrupted study is balanced. The result holds every piece that
+is finished, whichever call made it. By the quickstart's timings a training of 22 rollouts takes about 5.5 minutes on
+two quiet cores and an evaluation of 288 prompts x 2 about 2.5: six arms, three seeds, base and selections 2.5 to 3
+hours in all.
+
+Writes benchmarks/results/risk_study.json (rows, arms, comparisons, bar; docs/metrics.md), docs/images/risk_study.png
+and prints tables. Arms are compared as they ended; nothing is interpolated where their KL differs, but it is said.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.completions import read_completions
+from eval.judges import judge_completions, judgement_from_rows, parse_judge
+from eval.records import fingerprint, read_jsonl, write_text
+from eval.report import Measurement, PolicyResult
+from eval.study import Run, summary
+from eval.study_figures import save, study_figure
+from eval.study_report import flag_distances, last_values, markdown, study_row
+from eval.tail import Threshold
+
+ROOT = Path(__file__).resolve().parents[1]
+POPULATION = ("--risk_scope", "population")
+TRAINED: dict[str, tuple[str, ...]] = {
+    "mean": ("--risk", "mean"),
+    "cvar_response": ("--risk", "cvar:0.1"),
+    "cvar_population": ("--risk", "cvar:0.1", *POPULATION),
+    "mean_variance": ("--risk", "mean_variance:0.47", *POPULATION),
+    "constraint": ("--risk", "mean", "--constraint"),
+    "annealed": ("--risk", "cvar:0.1", *POPULATION, "--risk_schedule", "linear", "--risk_schedule_span", "0", "0.7"),
+    "mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *POPULATION),
+}
+N = 4
+SELECTED = {f"best_of_{N}_mean": "mean", f"best_of_{N}_cvar": "cvar:0.1"}
+ARMS = ("base", *TRAINED, *SELECTED)
+ALL_SEEDS = (1, 2, 3)
+MARGIN = 0.15
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One command of the study and the file or folder that it makes.
+
+    Attributes:
+        name: Of its record.
+        command: Script and flags.
+        output: There when it is done.
+        trains: Whether it can continue at a checkpoint in `output`.
+        depends: Anything else that its result depends on.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    output: Path
+    trains: bool = False
+    depends: tuple[Any, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        return fingerprint([self.command, self.depends])
+
+
+class Study:
+    """The pieces of a study in one folder, and what they have become.
+
+    Args:
+        options: See `parse`.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.folder = options, options.output_dir
+        self.ppo, self.evaluation = (yaml.safe_load(path.read_text()) for path in (options.ppo, options.evaluation))
+        self.policy, self.reward_model = self.ppo["model_name_or_path"], self.ppo["reward_model"]
+        for path in (self.policy, self.reward_model, self.evaluation["judge"].partition(":")[2]):
+            if not Path(path).exists():
+                raise SystemExit(f"error: {path} does not exist; `make quickstart` makes what the study needs.")
+
+    # Pieces ---------------------------------------------------------------------------------------------------------
+
+    def training(self, arm: str, seed: int) -> Piece:
+        flags = TRAINED[arm]
+        if arm == "constraint":
+            flags = (*flags, f"cvar:0.1 >= {self.bound():g}")
+        steps = self.options.rollouts * self.ppo["num_ppo_epochs"] * self.ppo.get("num_mini_batches", 1)
+        output = self.folder / "policies" / f"{arm}-{seed}"
+        command = ("recipes/ppo.py", "--config", str(self.options.ppo), *flags, "--seed", str(seed))
+        command += ("--max_steps", str(steps), "--kl_target", f"{self.options.kl_target:g}")
+        command += ("--output_dir", str(output))
+        return Piece(f"train-{arm}-{seed}", command, output, True, (self.ppo,))
+
+    def evaluation_of(self, arm: str, seed: int | None = None) -> Piece:
+        """Generating and judging, or judging alone for a selection."""
+        name, samples, depends = label(arm, seed), self.options.num_samples, (self.evaluation,)
+        flags = ("--base", self.policy)
+        if arm == "base":
+            samples = max(N, samples)
+            flags += ("--policies", f"base={self.policy}")
+        elif seed is None:
+            flags += ("--completions", f"{name}={self.selected_path(arm)}")
+            depends += (self.selection(arm).identity,)
+        else:
+            training = self.training(arm, seed)
+            flags += ("--policies", f"{name}={training.output}")
+            depends += (training.identity,)
+        if arm != "base":
+            flags += ("--threshold", repr(self.threshold().value))
+        output = self.folder / "evaluation" / name / "report.json"
+        command = ("recipes/evaluate.py", "--config", str(self.options.evaluation), *flags, "--reference", name)
+        command += ("--max_prompts", str(self.options.prompts), "--num_samples", str(samples))
+        command += ("--output_dir", str(output.parent))
+        return Piece(f"evaluate-{name}", command, output, depends=depends)
+
+    def selection(self, arm: str) -> Piece:
+        base, output = self.evaluation_of("base"), self.selected_path(arm)
+        command = ("recipes/best_of_n.py", "--completions", str(base.output.parent / "completions" / "base.jsonl"))
+        command += ("--reward_model", self.reward_model, "--risk", SELECTED[arm], "--n", str(N))
+        command += ("--output", str(output), "--name", arm)
+        return Piece(f"select-{arm}", command, output, depends=(base.identity,))
+
+    def selected_path(self, arm: str) -> Path:
+        return self.folder / f"{arm}.jsonl"
+
+    def pieces(self, arm: str, seed: int | None) -> list[Piece]:
+        """What makes a run, in order. Commands may hold numbers that earlier pieces found."""
+        if arm == "base":
+            return [self.evaluation_of(arm)]
+        made = self.selection(arm) if arm in SELECTED else self.training(arm, seed)
+        return [made, self.evaluation_of(arm, seed)]
+
+    def threshold(self) -> Threshold:
+        """The frozen quantile of the base, from its report."""
+        report = json.loads(self.evaluation_of("base").output.read_text())
+        quantile = self.evaluation["reference_quantile"]
+        return Threshold(report["threshold"], report["threshold_source"], quantile, "base")
+
+    def bound(self) -> float:
+        """C of the constraint: as given, or found once and kept, so that it is the same for all seeds."""
+        if self.options.constraint_bound is not None:
+            return self.options.constraint_bound
+        path = self.folder / "constraint.json"
+        if not path.is_file():
+            seeds = [seed for seed in self.seeds() if self.finished(self.training("mean", seed))]
+            if not seeds:
+                raise SystemExit("error: the constraint's bound is read off the mean arm: train it too (--arms mean).")
+            reached = last_values(self.history("mean", seeds[0]), "population/rating_cvar_0.1")
+            found = {"bound": round(reached + MARGIN, 2), "mean_reached": reached, "seed": seeds[0]}
+            write_text(path, json.dumps(found, indent=2) + "\n")
+        return float(json.loads(path.read_text())["bound"])
+
+    # Records --------------------------------------------------------------------------------------------------------
+
+    def record_path(self, piece: Piece) -> Path:
+        return self.folder / "pieces" / f"{piece.name}.json"
+
+    def record(self, piece: Piece) -> dict[str, Any] | None:
+        path = self.record_path(piece)
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def finished(self, piece: Piece) -> bool:
+        record = self.record(piece)
+        done = record is not None and record["finished"] and record["identity"] == piece.identity
+        return done and piece.output.exists()
+
+    def run(self, piece: Piece) -> None:
+        """Make a piece unless it is complete.
+
+        Raises:
+            SystemExit: It failed, or was made with other settings, hours of work perhaps that nobody wants deleted.
+        """
+        record = self.record(piece)
+        if self.finished(piece):
+            print(f"{piece.name}: kept, took {record['seconds']:.0f} s", flush=True)
+            return
+        if record is not None and record["identity"] != piece.identity:
+            raise SystemExit(
+                f"error: {self.record_path(piece)} is about other settings. Take another --output_dir, or delete that "
+                f"file and {piece.output} to make {piece.name} again."
+            )
+        earlier = record["seconds"] if record else 0.0
+        self._write(piece, finished=False, seconds=earlier)
+        arguments = self.arguments(piece)
+        print(f"\n{piece.name}\n      {shlex.join(arguments[1:])}\n", flush=True)
+        started, status = time.monotonic(), None
+        try:
+            status = execute(arguments)
+        finally:
+            self._write(piece, finished=status == 0, seconds=round(earlier + time.monotonic() - started, 1))
+        if status != 0:
+            raise SystemExit(
+                f"\n{piece.name} failed (exit {status}); its own message stands above. Finished pieces are kept: run "
+                "the same command again to continue."
+            )
+
+    def arguments(self, piece: Piece) -> list[str]:
+        """The command as a process, with what it takes to continue an interrupted attempt."""
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.options.accelerate)]
+        rest: list[str] = []
+        if piece.trains and piece.output.is_dir() and any(piece.output.iterdir()):
+            states = piece.output.glob("checkpoint-*/trainer_state.json")
+            complete = sorted((path.parent for path in states), key=lambda path: int(path.name.split("-")[1]))
+            rest = ["--resume_from_checkpoint", str(complete[-1])] if complete else ["--overwrite_output_dir", "true"]
+        return [*start, *piece.command, *rest]
+
+    def _write(self, piece: Piece, *, finished: bool, seconds: float) -> None:
+        record = {"identity": piece.identity, "finished": finished, "seconds": seconds, "command": piece.command}
+        write_text(self.record_path(piece), json.dumps(record, indent=2) + "\n")
+
+    # Result ---------------------------------------------------------------------------------------------------------
+
+    def seeds(self) -> list[int]:
+        return sorted({*ALL_SEEDS, *self.options.seeds})
+
+    def history(self, arm: str, seed: int) -> list[dict]:
+        path = self.training(arm, seed).output / "trainer_state.json"
+        return json.loads(path.read_text())["log_history"]
+
+    def done(self) -> list[tuple[str, int | None]]:
+        """Every finished run, whichever call made it."""
+        runs = [("base", None)]
+        for arm in ARMS[1:]:
+            if arm == "constraint" and not self._bound_is_known():
+                continue
+            runs += [(arm, seed) for seed in (self.seeds() if arm in TRAINED else [None])]
+        return [run for run in runs if all(self.finished(piece) for piece in self.pieces(*run))]
+
+    def _bound_is_known(self) -> bool:
+        return self.options.constraint_bound is not None or (self.folder / "constraint.json").is_file()
+
+    def result(self) -> dict[str, Any]:
+        """Everything that `risk_study.json` holds."""
+        settings, rows, runs, done = self.evaluation, [], [], self.done()
+        measurement = Measurement(
+            threshold=self.threshold(),
+            cvar_alpha=settings["cvar_alpha"],
+            rating_threshold=settings["rating_threshold"],
+            level=settings["confidence"],
+            resamples=settings["resamples"],
+            seed=settings["seed"],
+        )
+        reward_model = parse_judge(f"source:{self.reward_model}", batch_size=settings["judge_batch_size"])
+        for arm, seed in done:
+            name = label(arm, seed)
+            folder = self.evaluation_of(arm, seed).output.parent
+            source = self.selected_path(arm) if arm in SELECTED else folder / "completions" / f"{name}.jsonl"
+            completions = read_completions(source)
+            result = PolicyResult(
+                name, completions, judgement_from_rows(read_jsonl(folder / "scores" / f"{name}.jsonl"))
+            )
+            path = self.folder / "reward_model" / f"{name}.jsonl"
+            predicted = judge_completions(reward_model, completions, path=path, name=f"{name} by the reward model")
+            trained = {} if seed is None else {"history": self.history(arm, seed), "seconds": self.seconds(arm, seed)}
+            rows.append(study_row(arm, seed, result, measurement, predicted=predicted, **trained))
+            runs.append(Run.of(arm, seed, result, measurement.rating_threshold))
+        return {
+            "threshold": measurement.threshold.as_dict(),
+            "rating_threshold": measurement.rating_threshold,
+            "cvar_alpha": measurement.cvar_alpha,
+            "level": measurement.level,
+            "resamples": measurement.resamples,
+            "kl_target": self.options.kl_target,
+            "rollouts": self.options.rollouts,
+            "constraint_bound": self.bound() if self._bound_is_known() else None,
+            "judge": settings["judge"],
+            "reward_model": self.reward_model,
+            "warnings": [*flag_distances(rows), *self._missing(done)],
+            "rows": rows,
+            **summary(runs, measurement),
+        }
+
+    def seconds(self, arm: str, seed: int) -> float:
+        return self.record(self.training(arm, seed))["seconds"]
+
+    def _missing(self, done: Sequence[tuple[str, int | None]]) -> list[str]:
+        wanted = [(arm, seed if arm in TRAINED else None) for seed in self.options.seeds for arm in self.options.arms]
+        missing = [label(*run) for run in dict.fromkeys(wanted) if run not in done]
+        return [f"not finished: {', '.join(missing)}"] if missing else []
+
+    def report(self) -> None:
+        """Write the result of what is finished, draw it, print it."""
+        result = self.result()
+        write_text(self.options.result, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        save(study_figure(result["rows"], result["arms"]), self.options.figure)
+        print(f"\n{markdown(result)}\n\n{self.options.result}\n{self.options.figure}", flush=True)
+
+
+def label(arm: str, seed: int | None) -> str:
+    """What files and tables of one run are called."""
+    return arm if seed is None else f"{arm}-{seed}"
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run a command, its output shown as it comes; nothing is fetched from a hub. Its exit status."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
+    return subprocess.run(arguments, env=os.environ | offline | quiet, check=False).returncode
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a call, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [arm for arm in ARMS if arm != "mixed"]
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=default, help="Default: all but mixed.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(ALL_SEEDS), help="Of the trainings: 1 2 3.")
+    parser.add_argument("--rollouts", type=int, default=22, help="Of each training. Default: 22.")
+    parser.add_argument("--kl_target", type=float, default=6.0, help="Nats per completion, for all arms. Default: 6.")
+    parser.add_argument("--prompts", type=int, default=288, help="Held-out prompts. Default: 288.")
+    parser.add_argument("--num_samples", type=int, default=2, help="Completions of each. Default: 2.")
+    parser.add_argument("--constraint_bound", type=float, help="C of the constraint. Default: read off the mean arm.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/risk_study"), help="Folder of the pieces.")
+    parser.add_argument("--result", type=Path, default=Path("benchmarks/results/risk_study.json"), help="JSON.")
+    parser.add_argument("--figure", type=Path, default=Path("docs/images/risk_study.png"), help="PNG.")
+    parser.add_argument("--ppo", type=Path, default=Path("recipes/smollm2/study.yaml"), help="Settings of ppo.py.")
+    parser.add_argument(
+        "--evaluation", type=Path, default=Path("recipes/smollm2/study_evaluate.yaml"), help="Of evaluate.py."
+    )
+    parser.add_argument("--accelerate", type=Path, default=Path("accelerate_configs/cpu.yaml"), help="Of the launch.")
+    options = parser.parse_args(arguments)
+    if options.rollouts < 1 or options.prompts < 2 or options.num_samples < 1 or min(options.seeds) < 0:
+        parser.error("--rollouts and --num_samples are at least 1, --prompts at least 2, seeds 0 or more")
+    if not (options.kl_target > 0 and math.isfinite(options.kl_target)):
+        parser.error(f"--kl_target must be above 0 nats, got {options.kl_target}")
+    # The order of ARMS: the constraint needs the mean arm.
+    options.arms = [arm for arm in ARMS if arm in options.arms]
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Make what is missing, seed by seed, and report after each."""
+    options = parse(arguments)
+    os.chdir(ROOT)
+    study = Study(options)
+    study.run(study.evaluation_of("base"))
+    for number, seed in enumerate(options.seeds):
+        for arm in options.arms:
+            if arm in TRAINED or (number == 0 and arm in SELECTED):
+                # Made one at a time: the command of an evaluation may depend on what the training left.
+                for piece in study.pieces(arm, seed if arm in TRAINED else None):
+                    study.run(piece)
+        study.report()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
