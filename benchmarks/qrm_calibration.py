@@ -4,11 +4,17 @@
 
 Trains with `recipes/train_qrm.py` on every embedded text but the evaluation split (19,971 texts; 3,537 held out) and
 compares with all held-out individual ratings. Finished trainings are kept under runs/minilm, so a second call only
-measures. The steps, each one change to the one before:
+measures. The steps:
 
-    frozen        linear heads on frozen MiniLM, by the convex solver of stage 1
-    end_to_end    the same heads and the trunk, fine-tuned with the pinball loss (recipes/minilm/qrm.yaml)
-    point         the same with one level, 0.5: a point estimate of the same trunk, data and budget
+    frozen        linear heads on frozen MiniLM, mean pooling, by the convex solver of stage 1
+    last_token    the same on the state of the last token
+    two_layers    the same on the last and the third layer side by side
+    plain         heads and trunk, fine-tuned with the pinball loss alone
+    end_to_end    the same with the spread loss, and the heads fitted anew on texts that the trunk has not seen
+                  (recipes/minilm/qrm.yaml)
+    lora          as end_to_end, with adapters of rank 16 in place of all weights
+    huber         as end_to_end, with the quantile Huber loss
+    point         as plain with one level, 0.5: a point estimate of the same trunk, data and budget
 
 Residual quantiles of a point estimate come from held-out texts: one half of them serves the other. Residuals of
 training texts would be too small and make the baseline look worse than it is.
@@ -41,12 +47,19 @@ DATA = Path("runs/quickstart/data")
 RUNS = Path("runs/minilm")
 CONFIG = "recipes/minilm/qrm.yaml"
 TRAIN_SPLIT = "reward+judge+rl_prompts"
+FROZEN = ["--frozen_trunk", "true", "--feature_cache_dir", str(RUNS / "features")]
+NEITHER = ["--spread_weight", "0", "--calibration_share", "0"]
 STEPS = {
-    "frozen": ["--frozen_trunk", "true", "--feature_cache_dir", str(RUNS / "features")],
+    "frozen": [*FROZEN, *NEITHER],
+    "last_token": [*FROZEN, *NEITHER, "--pooling", "last_token"],
+    "two_layers": [*FROZEN, *NEITHER, "--head_layers", "-1", "3"],
+    "plain": NEITHER,
     "end_to_end": [],
-    "point": ["--quantile_levels", "0.5"],
+    "lora": ["--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--learning_rate", "1e-3"],
+    "huber": ["--quantile_loss", "huber", "--huber_kappa", "0.5"],
+    "point": [*NEITHER, "--quantile_levels", "0.5"],
 }
-FOLDERS = {"frozen": RUNS / "frozen", "end_to_end": RUNS / "qrm", "point": RUNS / "point"}
+FOLDERS = {step: RUNS / ("qrm" if step == "end_to_end" else step) for step in STEPS}
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ class DualAscent:
     Args:
         constraints: the constraints.
         step_size: η; a multiplier changes by at most the factor exp(η) in one step.
-        start: first multiplier of each.
+        start: first multiplier of each. A low one lets the policy run into a bad tail before the constraint pulls.
         bounds: λ_min and λ_max. The upper one keeps a constraint that cannot be met from drowning the objective for
             good; the lower one lets a multiplier that was not needed come back in time.
 
@@ -159,7 +159,7 @@ class DualAscent:
         self,
         constraints: Sequence[Constraint],
         step_size: float = 0.1,
-        start: float = 0.1,
+        start: float = 1.0,
         bounds: tuple[float, float] = (1e-3, 1e2),
     ):
         names = [constraint.name for constraint in constraints]
@@ -174,7 +174,7 @@ class DualAscent:
         self.constraints, self.step_size, self.bounds = list(constraints), step_size, bounds
         self._log = [math.log(start)] * len(names)
         # Sums of the scales and of their weights, corrected for the start as in `PopulationTracker`.
-        self._scales = [[0.0, 0.0] for _ in names]
+        self._scales = [[0.0, 0.0] for _ in range(len(names) + 1)]
 
     @property
     def multipliers(self) -> list[float]:
@@ -183,9 +183,11 @@ class DualAscent:
     def utility(
         self, objective: Tensor, laws: RewardDistribution, population: RewardDistribution, ramp: float = 1.0
     ) -> Tensor:
-        """(u₀ + Σ λᵢ uᵢ) / (1 + Σ λᵢ), what each answer adds to the Lagrangian.
+        """(u₀ + Σ λᵢ uᵢ) / (1 + Σ λᵢ sᵢ/s₀), what each answer adds to the Lagrangian.
 
-        The division changes no optimum and keeps the size of the reward beside the KL penalty when multipliers grow.
+        s₀ and sᵢ are standard deviations over answers, of the objective and of the constraints. The division changes
+        no optimum and keeps the size of the reward beside the KL penalty: without it, multipliers that grow drown the
+        penalty; divided by 1 + Σ λᵢ, a constraint on a small share of ratings could never outweigh it.
 
         Args:
             objective: (N,) u₀.
@@ -193,32 +195,45 @@ class DualAscent:
             population: batch shape ().
             ramp: factor on all multipliers, for a warm-up.
         """
-        total, weights = objective, 1.0
-        for constraint, multiplier in zip(self.constraints, self.multipliers, strict=True):
+        total, size = objective, 1.0
+        for i, (constraint, multiplier) in enumerate(zip(self.constraints, self.multipliers, strict=True)):
             of_population = statistics(constraint.measure, population)
             worth = expected_influence(constraint.measure, laws, of_population).to(objective.dtype)
-            total, weights = total + ramp * multiplier * worth, weights + ramp * multiplier
-        return total / weights
+            total = total + ramp * multiplier * worth
+            # Before the first step the batch itself says how large things are.
+            own = self._scale(i + 1) or _spread(worth)
+            size += ramp * multiplier * own / (self._scale(0) or _spread(objective) or 1.0)
+        return total / size
 
-    def step(self, population: RewardDistribution, laws: RewardDistribution) -> None:
+    def step(self, objective: Tensor, population: RewardDistribution, laws: RewardDistribution) -> None:
         """Move every multiplier by what this batch says.
 
         Args:
+            objective: (N,) u₀, whose spread is remembered for `utility`.
             population: batch shape (), the law of `laws`.
             laws: (N,) the answers' laws, finite.
         """
+        if not self.constraints:
+            return
         low, high = map(math.log, self.bounds)
+        self._remember(0, _spread(objective))
         for i, constraint in enumerate(self.constraints):
             worth = expected_influence(constraint.measure, laws, statistics(constraint.measure, population)).double()
-            total, weight = self._scales[i]
-            total = SCALE_DECAY * total + worth.std(correction=0).item()
-            weight = SCALE_DECAY * weight + 1.0
-            self._scales[i] = [total, weight]
+            self._remember(i + 1, _spread(worth))
             shortfall = constraint.bound - worth.mean().item()
-            scale = total / weight
+            scale = self._scale(i + 1)
             # Without any spread only the sign is known.
             move = math.copysign(1.0, shortfall) if scale == 0 and shortfall else shortfall / (scale or 1.0)
             self._log[i] = min(max(self._log[i] + self.step_size * min(max(move, -1.0), 1.0), low), high)
+
+    def _remember(self, place: int, spread: float) -> None:
+        total, weight = self._scales[place]
+        self._scales[place] = [SCALE_DECAY * total + spread, SCALE_DECAY * weight + 1.0]
+
+    def _scale(self, place: int) -> float:
+        """Average spread of the objective (0) or of a constraint (1, 2, ...); 0 before the first step."""
+        total, weight = self._scales[place]
+        return total / weight if weight else 0.0
 
     def state_dict(self) -> dict[str, object]:
         return {"constraints": [c.spec for c in self.constraints], "log": list(self._log), "scales": self._scales}
@@ -233,3 +248,9 @@ class DualAscent:
         if state["constraints"] != own:
             raise ValueError(f"the checkpoint holds multipliers for {state['constraints']}, this run has {own}")
         self._log, self._scales = list(state["log"]), [list(pair) for pair in state["scales"]]
+
+
+def _spread(values: Tensor) -> float:
+    """Standard deviation of (N,) numbers that are finite, 0 of one."""
+    values = values[values.isfinite()].double()
+    return values.std(correction=0).item() if len(values) else 0.0

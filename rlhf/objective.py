@@ -108,11 +108,12 @@ class RiskObjective:
         laws, groups = laws[finite], None if groups is None else groups[finite]
         population = _population(laws)
         self.tracker.update(population)
-        utility[finite] = found = self._utility(laws, measure, ramp)
+        objective = self._objective(laws, measure)
+        utility[finite] = found = self._with_constraints(objective, laws, ramp)
         numbers = self._population_numbers(population, measure)
         numbers |= self._constraint_numbers(population, laws, groups)
         guarded, warnings = self.guards.look(measure, self.scope, found, laws.mean(), float(laws.levels[0]))
-        self.dual.step(population, laws)
+        self.dual.step(objective, population, laws)
         return utility, numbers | guarded, warnings
 
     def evaluate(self, laws: RewardDistribution, progress: float | None = None) -> Tensor:
@@ -123,21 +124,24 @@ class RiskObjective:
         finite = laws.values.isfinite().all(-1)
         utility = laws.values.new_full(laws.batch_shape, torch.nan)
         if bool(finite.any()):
-            utility[finite] = self._utility(laws[finite], self.at(progress), self._ramp(progress))
+            objective = self._objective(laws[finite], self.at(progress))
+            utility[finite] = self._with_constraints(objective, laws[finite], self._ramp(progress))
         return utility
 
     def _ramp(self, progress: float | None) -> float:
         return self.schedule.weight(progress) if self.schedule else 1.0
 
-    def _utility(self, laws: RewardDistribution, measure: RiskMeasure, ramp: float) -> Tensor:
-        population = self.tracker.law
-        if population is None and (self.scope == "population" or self.dual.constraints):
-            population = _population(laws)
+    def _objective(self, laws: RewardDistribution, measure: RiskMeasure) -> Tensor:
         if self.scope == "response":
-            utility = measure(laws)
-        else:
-            utility = expected_influence(measure, laws, statistics(measure, population)).to(laws.values.dtype)
-        return self.dual.utility(utility, laws, population, ramp)
+            return measure(laws)
+        return expected_influence(measure, laws, statistics(measure, self._law(laws))).to(laws.values.dtype)
+
+    def _with_constraints(self, objective: Tensor, laws: RewardDistribution, ramp: float) -> Tensor:
+        return self.dual.utility(objective, laws, self._law(laws), ramp) if self.dual.constraints else objective
+
+    def _law(self, laws: RewardDistribution) -> RewardDistribution:
+        """The population so far; before the first rollout the laws themselves."""
+        return _population(laws) if self.tracker.law is None else self.tracker.law
 
     def _population_numbers(self, population: RewardDistribution, measure: RiskMeasure) -> dict[str, float]:
         """What can be said of the population whatever the measure is, and the statistics in use."""

@@ -47,7 +47,7 @@ def climb(arms, specs, seed, steps, start, step_size):
         population = sampled_population(laws, drawn.bincount(minlength=len(laws)))
         worth = dual.utility(laws.mean(), laws, population)
         last[:] = [population, laws[drawn]]
-        dual.step(population, laws[drawn])
+        dual.step(laws.mean()[drawn], population, laws[drawn])
         multipliers.append(dual.multipliers)
         return worth
 
@@ -83,15 +83,22 @@ PROBLEMS = {
 
 
 def multipliers_by_hand(problem, policy):
-    """From β log(πᵢ/π_safe) (1 + Σ λ) = mean − Σ λ cost, linear in λ.
+    """From β log(πᵢ/π_safe) (1 + Σ λ s/s₀) = mean − Σ λ cost, linear in λ; s are standard deviations under π.
 
     An answer costs 3 · 0.3/0.25 (bold) or 0.4/0.25 (mid) of the tail, and bold 0.3 of the share.
     """
-    odds = KL * np.log(np.array(policy[:-1]) / policy[-1])
+    policy = np.array(policy)
+    arms = len(policy) - 1
+
+    def spread(values):
+        values = np.append(values[:arms], 0.0)
+        return math.sqrt(policy @ values**2 - (policy @ values) ** 2)
+
+    odds = KL * np.log(policy[:-1] / policy[-1])
     means, tail, share = np.array([1.9, 0.5]), np.array([3.6, 1.6]), np.array([0.3, 0.0])
     costs = {"tail": [tail], "share": [share], "both": [tail, share]}[problem]
-    matrix = np.stack(costs, axis=-1)[: len(odds)] + odds[:, None]
-    return np.linalg.solve(matrix, means[: len(odds)] - odds)
+    matrix = np.stack([cost[:arms] + odds * spread(cost) / spread(means) for cost in costs], axis=-1)
+    return np.linalg.solve(matrix, means[:arms] - odds)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -147,4 +154,5 @@ def test_a_policy_beyond_the_edge_of_the_tail_is_not_led_back():
         utility = dual.utility(laws.mean(), laws, population)
         gaps.append((utility[0] - utility[1]).item())
         assert constraint.measure(population).item() < -1.2
-    assert gaps == pytest.approx([(1.9 - 100 * 3.6) / 101, 1.9 / 101], abs=1e-3)
+    # Spreads of two answers are half their distance: 1.9 and 3.6, and none of the tail beyond the edge.
+    assert gaps == pytest.approx([(1.9 - 100 * 3.6) / (1 + 100 * 3.6 / 1.9), 1.9], abs=1e-3)

@@ -197,11 +197,11 @@ def test_interval_of_the_tail_covers():
 def test_multipliers_move_by_hand():
     dual = DualAscent([parse_constraint("mean >= 2")], step_size=0.5, start=1.0)
     laws = point(0.0, 2.0)
-    dual.step(population_law(laws), laws)
+    dual.step(laws.mean(), population_law(laws), laws)
     # Shortfall 1 at a standard deviation of 1: the largest step.
     assert dual.multipliers == pytest.approx([math.exp(0.5)], abs=1e-9)
     laws = point(0.0, 4.8)
-    dual.step(population_law(laws), laws)
+    dual.step(laws.mean(), population_law(laws), laws)
     # Scales 1 and 2.4 averaged with weights 0.9 and 1; shortfall -0.4.
     scale = (0.9 * 1 + 2.4) / 1.9
     assert dual.multipliers == pytest.approx([math.exp(0.5 - 0.5 * 0.4 / scale)], abs=1e-9)
@@ -211,11 +211,11 @@ def test_multipliers_stay_in_their_bounds():
     dual = DualAscent([parse_constraint("mean >= 100")], step_size=3.0, bounds=(0.05, 7.0))
     laws = point(0.0, 2.0)
     for _ in range(5):
-        dual.step(population_law(laws), laws)
+        dual.step(laws.mean(), population_law(laws), laws)
     assert dual.multipliers == pytest.approx([7.0])
     dual = DualAscent([parse_constraint("mean >= -100")], step_size=3.0, bounds=(0.05, 7.0))
     for _ in range(5):
-        dual.step(population_law(laws), laws)
+        dual.step(laws.mean(), population_law(laws), laws)
     assert dual.multipliers == pytest.approx([0.05])
 
 
@@ -228,7 +228,9 @@ def test_utility_is_the_lagrangian():
     nu = population.quantile(0.3)
     dense = laws.quantile((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)
     tail = nu - (nu - dense).clamp_min(0).mean(-1) / 0.3
-    expected = (laws.mean() + 0.5 * tail - 0.5 * laws.cdf(-1.0)) / 2
+    spreads = [part.std(correction=0) for part in (laws.mean(), tail, laws.cdf(-1.0))]
+    size = 1 + 0.5 * (spreads[1] + spreads[2]) / spreads[0]
+    expected = (laws.mean() + 0.5 * tail - 0.5 * laws.cdf(-1.0)) / size
     torch.testing.assert_close(utility, expected, atol=1e-4, rtol=0)  # the dense grid of 20,000 levels
     torch.testing.assert_close(dual.utility(laws.mean(), laws, population, ramp=0.0), laws.mean())
 

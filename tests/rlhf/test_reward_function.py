@@ -187,6 +187,7 @@ def test_population_scope_is_the_expected_influence():
     known = statistics(parse_risk("cvar:0.2"), population_law(laws).to(torch.float64))
     expected = expected_influence(parse_risk("cvar:0.2"), laws, known)
     assert rewards == pytest.approx(expected.tolist(), abs=1e-5)
+    # Far apart, not merely beyond rounding.
     assert rewards != pytest.approx(risk_reward("cvar:0.2")(PROMPTS, COMPLETIONS), abs=0.1)
     assert reward.__name__ == "risk_population cvar:0.2"
 
