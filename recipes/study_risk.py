@@ -29,7 +29,7 @@ is finished, whichever call made it. By the quickstart's timings a training of 2
 two quiet cores and an evaluation of 288 prompts x 2 about 2.5: six arms, three seeds, base and selections 2.5 to 3
 hours in all.
 
-Writes benchmarks/results/risk_study.json (rows, arms, comparisons, bar; docs/metrics.md), docs/images/risk_study.png
+Writes benchmarks/results/risk_study.json (its keys: docs/study.md), docs/images/risk_study.png
 and prints tables. Arms are compared as they ended; nothing is interpolated where their KL differs, but it is said.
 """
 
