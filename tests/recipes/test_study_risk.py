@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from itertools import pairwise
 
 import matplotlib.image
 import pytest
@@ -59,7 +60,7 @@ class Machine:
 
     def __call__(self, arguments):
         command = arguments[arguments.index("--config_file") + 2 :]
-        script, flags = command[0].split("/")[1], dict(zip(command, command[1:], strict=False))
+        script, flags = command[0].split("/")[1], dict(pairwise(command))
         self.calls.append(command)
         if script == "ppo.py":
             return self.train(flags)
@@ -127,6 +128,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch):
     machine = Machine()
+    monkeypatch.chdir(ROOT)  # where the recipe goes, and whence it does not return
     monkeypatch.setattr(recipe, "execute", machine)
     return machine
 
