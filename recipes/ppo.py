@@ -48,7 +48,7 @@ class RewardArguments:
         metadata={
             "help": "Quantile reward model: a folder of train_qrm.py or a hub id (required). Or another source of "
             "rating laws: ensemble:A,B, gaussian:A?spread=log_std, judgment:A?scores=1,2,3,4,5, scalar:A, or a "
-            "weighted mixture:0.7*A+0.3*B of any of them."
+            "weighted mixture:0.7*A+0.3*B or average:0.5*A+0.5*B of any of them."
         },
     )
     risk: str = field(

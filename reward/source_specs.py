@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from reward.combinations import AverageSource, MixtureSource
 from reward.judgment import JudgmentSource
 from reward.sources import (
     DistributionSource,
     EnsembleSource,
     GaussianSource,
-    MixtureSource,
     QuantileModelSource,
     ScalarSource,
     predicts_quantiles,
@@ -28,7 +28,9 @@ EXAMPLES = (
     "judgment:path-or-id?scores=1,2,3,4,5",
     "judgment:path-or-id?scores=no:0,yes:1",
     "mixture:0.7*path-a+0.3*judgment:path-b",
+    "average:0.5*path-a+0.5*path-b",
 )
+COMBINATIONS = {"mixture": MixtureSource, "average": AverageSource}
 
 
 class SourceSpecError(ValueError):
@@ -44,7 +46,7 @@ class SourceSpec:
         kind: `model` for a plain path, else the word before the colon.
         paths: models of this source itself.
         options: behind the question mark, as arguments of the source.
-        terms: weight and spec of each part of a mixture.
+        terms: weight and spec of each part of a mixture or an average.
     """
 
     text: str
@@ -78,9 +80,9 @@ def parse_source(spec: str | SourceSpec, **reading: Any) -> DistributionSource:
     spec = read_source_spec(spec) if isinstance(spec, str) else spec
     if reading.get("tokenizer") is not None and len(spec.all_paths()) > 1:
         raise ValueError(f"{spec.text} has several models, each read with its own tokenizer; leave tokenizer out")
-    if spec.kind == "mixture":
+    if spec.kind in COMBINATIONS:
         parts = [parse_source(part, **reading) for _, part in spec.terms]
-        return MixtureSource(parts, [weight for weight, _ in spec.terms])
+        return COMBINATIONS[spec.kind](parts, [weight for weight, _ in spec.terms])
     if spec.kind == "ensemble":
         return EnsembleSource([ScalarSource(path, **reading) for path in spec.paths], **spec.options)
     if spec.predicts_one_number(reading.get("trust_remote_code", False)) and not spec.options:
@@ -104,7 +106,7 @@ def read_source_spec(text: str) -> SourceSpec:
         kind, rest = "model", text
     elif kind not in OPTIONS or kind == "model":
         raise SourceSpecError(_explain(f"unknown kind of reward model {kind!r} in {text!r}"))
-    if kind == "mixture":
+    if kind in COMBINATIONS:
         return SourceSpec(text, kind, terms=tuple(_terms(rest, text)))
     place, _, query = rest.partition("?")
     paths = tuple(path.strip() for path in (place.split(",") if kind == "ensemble" else [place]))
@@ -124,8 +126,9 @@ def _terms(rest: str, text: str) -> list[tuple[float, SourceSpec]]:
     terms = []
     for start, end in zip(starts, ends, strict=True):
         part = rest[start.end() : end].strip()
-        if part.startswith("mixture:"):
-            raise SourceSpecError(_explain(f"{text!r} has a mixture within a mixture; multiply the weights out"))
+        inner, _, _ = part.partition(":")
+        if inner in COMBINATIONS:
+            raise SourceSpecError(_explain(f"{text!r} has {inner} within another; multiply the weights out"))
         terms.append((float(start[1]), read_source_spec(part)))
     total = sum(weight for weight, _ in terms)
     if abs(total - 1) > 1e-5 or any(weight == 0 for weight, _ in terms):
@@ -150,6 +153,7 @@ OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
     "gaussian": {"spread": str, "num_levels": int},
     "judgment": {"scores": _scores, "max_outside_mass": float, "num_levels": int},
     "mixture": {},
+    "average": {},
 }
 
 

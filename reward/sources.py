@@ -1,7 +1,8 @@
-"""Who says the rating law of a completion: a quantile model, a scalar model, an ensemble, a Gaussian head, a mixture.
+"""Who says the rating law of a completion: a quantile model, a scalar model, an ensemble, a Gaussian head.
 
-`reward/judgment.py` adds a language model that is asked for a score. `reward/source_specs.py` makes all of them from
-strings. Whatever the source, the law is a `RewardDistribution`, so every risk measure applies to it.
+`reward/judgment.py` adds a language model that is asked for a score, `reward/combinations.py` several sources together.
+`reward/source_specs.py` makes all of them from strings. Whatever the source, the law is a `RewardDistribution`, so
+every risk measure applies to it.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +15,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from reward.distribution import RewardDistribution
-from reward.mixtures import DENSE_LEVELS, check_weights, dense_levels, discrete_law, mixture, normal_law
+from reward.mixtures import (
+    DENSE_LEVELS,
+    check_weights,
+    dense_levels,
+    discrete_law,
+    mixture,
+    normal_law,
+)
 from reward.modeling import QRMForSequenceClassification
 from reward.reading import open_reader
 from reward.released import is_released
@@ -248,7 +256,7 @@ class EnsembleSource(DistributionSource):
 
     def distribution(self, prompts: Sequence, completions: Sequence) -> RewardDistribution:
         scores = torch.cat([member.distribution(prompts, completions).values for member in self.members], dim=-1)
-        self.telemetry = _average_telemetry(self.members)
+        self.telemetry = average_telemetry(self.members)
         scores = scores * self.scale.float() + self.offset.float()
         if self.weights is None:
             # Sorted here, since the order of members is no order of quantiles that could have crossed.
@@ -326,46 +334,6 @@ class GaussianSource(DistributionSource):
         return torch.stack([output.score, std], dim=-1)
 
 
-@final
-class MixtureSource(DistributionSource):
-    """A weighted mixture of sources: with probability wᵢ the rating is one of source i.
-
-        F(z) = Σ wᵢ Fᵢ(z)
-
-    Modes stay apart, and the lower tail is that of the most pessimistic source with a share in it. The mean is exactly
-    Σ wᵢ meanᵢ (see `mixture`). One source alone is that source.
-
-    Args:
-        sources: of any kind; their ratings must be on one scale.
-        weights: probability of each; they sum to one.
-        num_levels: levels of the law.
-
-    Raises:
-        ValueError: no source, or weights that are no probabilities.
-    """
-
-    def __init__(
-        self, sources: Sequence[DistributionSource], weights: Sequence[float], *, num_levels: int = DENSE_LEVELS
-    ):
-        self.sources = list(sources)
-        if not self.sources:
-            raise ValueError("a mixture needs at least one source")
-        self.weights = torch.tensor(list(weights), dtype=torch.float64)
-        check_weights(self.weights, len(self.sources))
-        terms = zip(self.weights.tolist(), self.sources, strict=True)
-        self.name, self.telemetry = "mixture " + "+".join(f"{weight:g}*{source.name}" for weight, source in terms), {}
-        self.levels = dense_levels(num_levels).float() if len(self.sources) > 1 else self.sources[0].levels
-
-    def prepare(self, accelerator: Any) -> None:
-        for source in self.sources:
-            source.prepare(accelerator)
-
-    def distribution(self, prompts: Sequence, completions: Sequence) -> RewardDistribution:
-        laws = [source.distribution(prompts, completions) for source in self.sources]
-        self.telemetry = _average_telemetry(self.sources)
-        return mixture(laws, self.weights, len(self.levels))
-
-
 def predicts_quantiles(config: PreTrainedConfig) -> bool:
     """Whether a config is that of a model with a law of its own: a QRM, or a published reward model."""
     return is_released(config) or config.model_type in {model.config_class.model_type for model in QUANTILE_MODELS}
@@ -396,7 +364,7 @@ def _one_per_member(name: str, values: Sequence[float] | None, count: int, defau
     return numbers
 
 
-def _average_telemetry(sources: Sequence[DistributionSource]) -> dict[str, float]:
+def average_telemetry(sources: Sequence[DistributionSource]) -> dict[str, float]:
     """Mean of each number over the sources that know it."""
     names = dict.fromkeys(name for source in sources for name in source.telemetry)
     known = {name: [s.telemetry[name] for s in sources if name in s.telemetry] for name in names}

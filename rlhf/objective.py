@@ -112,7 +112,9 @@ class RiskObjective:
         utility[finite] = found = self._with_constraints(objective, laws, ramp)
         numbers = self._population_numbers(population, measure)
         numbers |= self._constraint_numbers(population, laws, groups)
-        guarded, warnings = self.guards.look(measure, self.scope, found, laws.mean(), float(laws.levels[0]))
+        # A law of one level is a point by choice, and has no tail to miss.
+        lowest = float(laws.levels[0]) if len(laws.levels) > 1 else 0.0
+        guarded, warnings = self.guards.look(measure, self.scope, found, laws.mean(), lowest)
         self.dual.step(objective, population, laws)
         return utility, numbers | guarded, warnings
 

@@ -70,3 +70,17 @@ def test_quantile_critic_on_sharded_weights_equals_one_process(folder):
     assert weights["value_head.linear.weight"].abs().sum() > 0
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_ranks_share_one_population_and_its_multipliers(folder):
+    reference, expected = run(folder, "cpu", 1, "population=true")
+    record, weights = run(folder, "zero2", 2, "population=true")
+    assert (record["world_size"], record["zero_stage"]) == (2, 2)
+    names = ["loss", "grad_norm", "reward/score_mean", "risk/cvar:0.3/nu"]
+    names += [f"constraint/below:0/{part}" for part in ("value", "low", "multiplier")]
+    for name in names:
+        assert len(record[name]) == 3
+        assert record[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-5), name
+    assert len(set(record["constraint/below:0/multiplier"])) > 1
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -11,15 +11,22 @@ from pathlib import Path
 
 from peft import LoraConfig
 from safetensors.torch import save_file
-from tiny import logged, tiny_llama, tiny_trainer
+from tiny import logged, tiny_llama, tiny_qrm, tiny_tokenizer, tiny_trainer
+
+from rlhf.reward_function import RiskReward
 
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 LOGGED = ("loss", "grad_norm", "reward/score_mean", "reward/score_q05", "kl/reference", "critic/return_mean")
 LOGGED += ("critic/coverage_0.9", "critic/explained_variance_sampled")
+LOGGED += ("risk/cvar:0.3/nu", "constraint/below:0/value", "constraint/below:0/low", "constraint/below:0/multiplier")
 
 
 def main(output: Path, settings: dict) -> None:
     peft = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if settings.pop("lora", False) else None
+    if settings.pop("population", False):
+        settings["reward"] = RiskReward(
+            tiny_qrm(), "cvar:0.3", scope="population", constraints=["below:0 <= 0.2"], tokenizer=tiny_tokenizer()
+        )
     source = output.parent / "policy"  # ZeRO-3 loads the reference from where the policy came
     model = str(source) if source.is_dir() else tiny_llama(initializer_range=0.3)
     trainer = tiny_trainer(

@@ -13,6 +13,7 @@ from scipy import stats
 from tiny import tiny_llama, tiny_qrm, tiny_tokenizer
 from transformers import LlamaForSequenceClassification
 
+from reward.combinations import AverageSource, MixtureSource
 from reward.judgment import JudgmentSource
 from reward.released_model import ReleasedConfig, ReleasedRewardModel
 from reward.source_specs import EXAMPLES, SourceSpecError, parse_source, read_source_spec
@@ -20,7 +21,6 @@ from reward.sources import (
     SPREADS,
     EnsembleSource,
     GaussianSource,
-    MixtureSource,
     QuantileModelSource,
     ScalarSource,
 )
@@ -333,6 +333,20 @@ def test_mixture_of_sources_is_the_mixture_of_their_laws():
         assert law.cdf(threshold).tolist() == pytest.approx(masses.tolist(), abs=3 / 400)
 
 
+def test_average_of_sources_adds_ratings_of_equal_rank():
+    parts = [SOURCES["quantile"](), judge()]
+    source = AverageSource(parts, [0.25, 0.75])
+    law, laws = source.distribution(PROMPTS, COMPLETIONS), [part.distribution(PROMPTS, COMPLETIONS) for part in parts]
+    assert law.levels.equal(source.levels)
+    for level in (0.1, 0.33, 0.5, 0.9):
+        expected = 0.25 * laws[0].quantile(level) + 0.75 * laws[1].quantile(level)
+        assert law.quantile(level).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    mixed = MixtureSource(parts, [0.25, 0.75]).distribution(PROMPTS, COMPLETIONS)
+    # The same mean, but what the two disagree about is no spread.
+    assert law.mean().tolist() == pytest.approx(mixed.mean().tolist(), abs=1e-5)
+    assert (law.std() < mixed.std()).all()
+
+
 def test_a_mixture_of_one_source_is_that_source():
     law = MixtureSource([SOURCES["quantile"]()], [1.0]).distribution(PROMPTS, COMPLETIONS)
     alone = SOURCES["quantile"]().distribution(PROMPTS, COMPLETIONS)
@@ -378,6 +392,9 @@ def expected_sources():
         ),
         "judgment:{}/lm?scores=1,3,5&max_outside_mass=1": judge(scores={"1": 1, "3": 3, "5": 5}, **lm),
         "judgment:{}/lm?scores=bad:-1,good:1&max_outside_mass=1": judge(scores={"bad": -1, "good": 1}, **lm),
+        "average:0.75*{}/many?aggregation=mixture+.25*{}/qrm": AverageSource(
+            [SOURCES["attributes"](), SOURCES["quantile"]()], [0.75, 0.25]
+        ),
         "mixture:0.75*{}/qrm+.25*ensemble:{}/a,{}/b": MixtureSource(
             [SOURCES["quantile"](), EnsembleSource([scalar(0), scalar(1)])], [0.75, 0.25]
         ),
@@ -438,7 +455,7 @@ def test_every_example_of_a_spec_is_read(folders, monkeypatch):
         ("mixture:{}/a+{}/b", "needs a weight before each part"),
         ("mixture:0.7*{}/a+0.2*{}/b", "sum to 0.9"),
         ("mixture:1*{}/a+0*{}/b", "above zero"),
-        ("mixture:0.5*{}/a+0.5*mixture:1*{}/b", "mixture within a mixture"),
+        ("mixture:0.5*{}/a+0.5*mixture:1*{}/b", "mixture within another"),
     ],
 )
 def test_bad_specs_are_refused_with_advice(folders, spec, message):
