@@ -1,6 +1,6 @@
 """Who says the rating law of a completion: a quantile model, a scalar model, an ensemble, a Gaussian head.
 
-`reward/judgment.py` adds a language model that is asked for a score, `reward/combinations.py` several sources together.
+`reward/judgment.py` adds a language model that is asked for a score, `reward/combinations.py` several together, and
 `reward/source_specs.py` makes all of them from strings. Whatever the source, the law is a `RewardDistribution`, so
 every risk measure applies to it.
 """
