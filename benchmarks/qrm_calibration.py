@@ -9,12 +9,15 @@ measures. The steps:
     frozen        linear heads on frozen MiniLM, mean pooling, by the convex solver of stage 1
     last_token    the same on the state of the last token
     two_layers    the same on the last and the third layer side by side
-    plain         heads and trunk, fine-tuned with the pinball loss alone
-    end_to_end    the same with the spread loss, and the heads fitted anew on texts that the trunk has not seen
-                  (recipes/minilm/qrm.yaml)
-    lora          as end_to_end, with adapters of rank 16 in place of all weights
-    huber         as end_to_end, with the quantile Huber loss
-    point         as plain with one level, 0.5: a point estimate of the same trunk, data and budget
+    one_epoch     heads and trunk, fine-tuned with the pinball loss, one epoch
+    lora          the same with adapters of rank 16 in place of all weights
+    huber         the same with the quantile Huber loss
+    point         the same with one level, 0.5: a point estimate of the same trunk, data and budget
+    plain         as one_epoch, 4 epochs
+    anew          as one_epoch, 3 epochs, another seed, and the heads fitted anew on a tenth of the texts, which the
+                  trunk has not seen
+    spread        as anew, 4 epochs, the first seed, and the spread loss (recipes/minilm/qrm.yaml)
+    end_to_end    the average of `anew` and `spread` at equal levels: `average:0.5*A+0.5*B` as a source
 
 Residual quantiles of a point estimate come from held-out texts: one half of them serves the other. Residuals of
 training texts would be too small and make the baseline look worse than it is.
@@ -40,6 +43,7 @@ from eval.skill import homoscedastic_quantiles, margin_over
 from reward.calibration import calibration_report
 from reward.data import RatingCollator, load_ratings, pad_ratings
 from reward.distribution import RewardDistribution
+from reward.mixtures import quantile_average
 from reward.modeling import QRMForSequenceClassification
 from reward.training import constant_quantiles, predict_quantiles, tokenize_ratings
 
@@ -49,34 +53,45 @@ CONFIG = "recipes/minilm/qrm.yaml"
 TRAIN_SPLIT = "reward+judge+rl_prompts"
 FROZEN = ["--frozen_trunk", "true", "--feature_cache_dir", str(RUNS / "features")]
 NEITHER = ["--spread_weight", "0", "--calibration_share", "0"]
+ONE_EPOCH = [*NEITHER, "--num_train_epochs", "1"]
 STEPS = {
     "frozen": [*FROZEN, *NEITHER],
     "last_token": [*FROZEN, *NEITHER, "--pooling", "last_token"],
     "two_layers": [*FROZEN, *NEITHER, "--head_layers", "-1", "3"],
+    "one_epoch": ONE_EPOCH,
+    "lora": [*ONE_EPOCH, "--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--learning_rate", "1e-3"],
+    "huber": [*ONE_EPOCH, "--quantile_loss", "huber", "--huber_kappa", "0.5"],
+    "point": [*ONE_EPOCH, "--quantile_levels", "0.5"],
     "plain": NEITHER,
-    "end_to_end": [],
-    "lora": ["--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--learning_rate", "1e-3"],
-    "huber": ["--quantile_loss", "huber", "--huber_kappa", "0.5"],
-    "point": [*NEITHER, "--quantile_levels", "0.5"],
+    "anew": ["--spread_weight", "0", "--seed", "1", "--num_train_epochs", "3"],
+    "spread": [],
 }
-FOLDERS = {step: RUNS / ("qrm" if step == "end_to_end" else step) for step in STEPS}
+MEMBERS = ("anew", "spread")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="Default: all.")
+    choices = [*STEPS, "end_to_end"]
+    parser.add_argument("--steps", nargs="+", choices=choices, default=choices, help="Default: all.")
     options = parser.parse_args()
     if not DATA.is_dir():
         raise SystemExit(f"{DATA} is missing; `make quickstart` or `python recipes/prepare_data.py` makes it.")
-    for step in options.steps:
+    wanted = [step for step in STEPS if step in options.steps or ("end_to_end" in options.steps and step in MEMBERS)]
+    for step in wanted:
         train(step)
     held_out = load_ratings(DATA / "ratings", split="evaluation")
     rated = load_ratings(DATA / "ratings", split=TRAIN_SPLIT)
-    laws = {step: predicted(FOLDERS[step], held_out) for step in options.steps}
-    steps = {step: numbers(law, held_out, rated) for step, law in laws.items() if step != "point"}
-    for step, law in laws.items():
-        if step != "point":
-            steps[step]["margins"] = margins(law, laws.get("point") if step == "end_to_end" else None, held_out)
+    laws = {step: predicted(RUNS / step, held_out) for step in wanted}
+    point = laws.pop("point", None)
+    if "end_to_end" in options.steps:
+        laws["end_to_end"] = quantile_average([laws[member] for member in MEMBERS], [0.5, 0.5])
+    steps = {
+        step: {
+            **numbers(law, held_out, rated),
+            "margins": margins(law, point if step == "one_epoch" else None, held_out),
+        }
+        for step, law in laws.items()
+    }
     print(table(steps))
     if "end_to_end" not in steps:
         return
@@ -93,7 +108,7 @@ def main() -> None:
 
 def train(step: str) -> None:
     """Run or continue the training of a step, unless it is complete."""
-    folder = FOLDERS[step]
+    folder = RUNS / step
     if (folder / "calibration.json").is_file():
         return
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
