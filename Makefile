@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart study-risk test bench lint format browser clean
+.PHONY: help install quickstart study-risk test bench bench-ppo lint format browser clean
 
 help:
 	@echo "make quickstart   ratings -> reward model -> PPO (mean and cvar:0.1) -> report; about 20 minutes on 2 cores"
 	@echo "make study-risk   measures of risk at equal KL, three seeds each, after make quickstart; about 3 hours, resumable"
 	@echo "make test         lint and all tests"
 	@echo "make bench        the benchmarks behind docs/results.md; trains for hours on 2 cores, resumable"
+	@echo "make bench-ppo    a PPO step against TRL 1.12.0, on 2 cores that do nothing else"
 	@echo "make lint         ruff"
 	@echo "make clean        delete runs/quickstart (results of the quickstart)"
 
@@ -33,6 +34,10 @@ bench: install
 	$(BIN)/pip install --quiet --progress-bar on -c constraints.txt -e '.[quickstart,bench]'
 	$(BIN)/python benchmarks/quantile_regression_speed.py
 	$(BIN)/python benchmarks/qrm_calibration.py
+
+bench-ppo: install
+	$(BIN)/python recipes/prepare_data.py
+	$(BIN)/python benchmarks/ppo_step.py
 
 lint: install
 	$(BIN)/ruff check --config .ci/ruff.toml .

@@ -32,7 +32,7 @@ def prepare_models(policy: str, folder: Path) -> dict[str, Any]:
     if not Path(policy).is_dir() or not data.is_dir():
         raise SystemExit(f"{policy} or {data} is missing; `python recipes/prepare_data.py` makes them.")
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    own = folder / Path(policy).resolve().name
+    own = folder / "-".join(Path(policy).resolve().parts[-3:])
     return write_rewards(policy, own, tokenizer) | {
         "prompts": prompts_of_equal_length(load_from_disk(data)["prompt"][:], tokenizer),
         "prompt_tokens": PROMPT_TOKENS,
@@ -77,7 +77,8 @@ def write_rewards(policy: str, folder: Path, tokenizer: PreTrainedTokenizerBase)
     pad_token = tokenizer.pad_token if tokenizer.pad_token != tokenizer.eos_token else None
     if pad_token is None:
         raise SystemExit(f"the tokenizer of {policy} needs a pad token other than EOS: TRL 1.12.0 tells pads by id")
-    if not (folder / "rewards_written").is_file():
+    written, source = folder / "rewards_written", str(Path(policy).resolve())
+    if not written.is_file() or written.read_text() != source:
         torch.manual_seed(0)
         classifier = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1, dtype=torch.float32)
         classifier.config.pad_token_id = tokenizer.pad_token_id
@@ -89,7 +90,7 @@ def write_rewards(policy: str, folder: Path, tokenizer: PreTrainedTokenizerBase)
         for model, name in ((classifier, "reward"), (qrm, "qrm")):
             model.save_pretrained(paths[name])
             tokenizer.save_pretrained(paths[name])
-        (folder / "rewards_written").touch()
+        written.write_text(source)
     return paths | {"pad_token": pad_token}
 
 
