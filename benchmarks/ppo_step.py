@@ -203,7 +203,6 @@ class Bench:
         task["settings"] |= {
             "max_completion_length": length,
             "generation_kwargs": {"min_new_tokens": length},
-            "pad_token": self.models["pad_token"],
             "max_steps": len(task["prompts"]) // self.options.rows,
             "overwrite_output_dir": True,
         } | settings
