@@ -99,8 +99,8 @@ class RiskGuards:
             self._said.add("below levels")
             warnings.append(
                 f"'{measure.spec}' looks at the worst {narrowest:g} of the readers, but the reward model's lowest "
-                f"quantile is at {lowest_level:g}, and below it the law is taken as constant. Use an alpha of at "
-                f"least {lowest_level:g}, or a reward model with lower levels."
+                f"quantile is at {lowest_level:.3g}, and below it the law is taken as constant. Use an alpha of at "
+                f"least {lowest_level:.3g}, or a reward model with lower levels."
             )
         return numbers, warnings
 

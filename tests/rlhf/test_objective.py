@@ -182,7 +182,7 @@ def test_answers_of_one_prompt_are_no_independent_evidence():
 
 def test_interval_of_the_tail_covers():
     generator = torch.Generator().manual_seed(5)
-    normal = torch.randn(400, 60, generator=generator, dtype=torch.float64)
+    normal = torch.randn(120, 40, generator=generator, dtype=torch.float64)
     # CVaR 20 % of a standard normal law is -φ(z)/0.2 with z its 20 % quantile.
     truth = -1.3998
     covered = 0
@@ -190,8 +190,8 @@ def test_interval_of_the_tail_covers():
         laws = point(*sample.tolist())
         reading = read_constraint(parse_constraint("cvar:0.2 >= 0"), population_law(laws), laws)
         covered += reading.low <= truth <= reading.high
-    # 400 trials of 0.95 have a standard deviation of 1.1 points; the delta method is a little short at 60 answers.
-    assert 0.89 <= covered / 400 <= 0.98
+    # 120 trials of 0.95 have a standard deviation of 2 points; the delta method is a little short at 40 answers.
+    assert 0.86 <= covered / 120 <= 0.99
 
 
 def test_multipliers_move_by_hand():
