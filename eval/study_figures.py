@@ -64,4 +64,4 @@ def _points(
     ax.plot(entry[f"{metric}_ci"], [y, y], color=colour, linewidth=1.2, label="_across")
     ax.plot([x, x], entry[f"{RATE}_ci"], color=colour, linewidth=1.2, label="_upright")
     name = entry["arm"].replace("_", " ")
-    ax.plot([x], [y], color=colour, marker=marker, markersize=8, linestyle="none", label=name)
+    ax.plot([x], [y], color=colour, marker=marker, markersize=8, linestyle="none", label=name, clip_on=False)
