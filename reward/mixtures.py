@@ -73,6 +73,45 @@ def mixture(
     return RewardDistribution(dense_levels(num_levels), values.reshape(*shape, num_levels).to(dtype))
 
 
+def pooled_law(laws: RewardDistribution, num_levels: int = DENSE_LEVELS) -> RewardDistribution:
+    """The equal mixture of many laws on the same levels, as `mixture` gives it, in one sort of all their values.
+
+    A law of K levels is an atom at each end and K − 1 pieces of even mass between. The mixed density is a step
+    function, whose steps are the pieces' ends; its running sum over the sorted values is the mixed cdf. That costs
+    N K log(N K) for N laws, where `mixture`, whose laws may have levels of their own, needs each law's cdf at every
+    value of every other.
+
+    Args:
+        laws: batch shape (N,), finite.
+        num_levels: of the result.
+
+    Returns:
+        Batch shape (). A piece narrower than 1e-7 of the range of all values counts as an atom, because the density
+        of a narrower one would cost the running sum its digits.
+    """
+    values, levels = laws.values.double(), laws.levels.double()
+    edges = torch.cat([levels.new_zeros(1), levels, levels.new_ones(1)])
+    shares = edges.diff() / len(laws)  # lower atom, pieces, upper atom
+    width = values.diff(dim=-1)
+    wide = width > 1e-7 * (values.max() - values.min())
+    inner = shares[1:-1].expand_as(width)
+    density = torch.where(wide, inner / torch.where(wide, width, 1.0), 0.0)
+    atoms, steps = torch.zeros_like(values), torch.zeros_like(values)
+    atoms[:, 0], atoms[:, -1] = shares[0], atoms[:, -1] + shares[-1]
+    if len(levels) == 1:
+        atoms[:, 0] = 1 / len(laws)
+    atoms[:, :-1] += torch.where(wide, 0.0, inner)
+    steps[:, :-1] += density
+    steps[:, 1:] -= density
+    knots, order = values.flatten().sort()
+    atoms, slopes = atoms.flatten()[order], steps.flatten()[order].cumsum(0).clamp_min(0.0)
+    rises = torch.cat([slopes.new_zeros(1), slopes[:-1] * knots.diff()])
+    through = (rises + atoms).cumsum(0)
+    masses = torch.stack([through - atoms, through], dim=-1).flatten().cummax(dim=0).values
+    result = cell_means(masses / masses[-1], knots.repeat_interleave(2), num_levels)
+    return RewardDistribution(dense_levels(num_levels), result.to(laws.values.dtype))
+
+
 def quantile_average(laws: Sequence[RewardDistribution], weights: Tensor | Sequence[float]) -> RewardDistribution:
     """Weighted sum of the values at equal levels: the law of a sum of comonotone ratings (Vincent's average).
 

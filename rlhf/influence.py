@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
-from reward.mixtures import DENSE_LEVELS, mixture
+from reward.mixtures import DENSE_LEVELS, pooled_law
 from rlhf.distortions import CPW, Power, Spectral, Wang
 from rlhf.measures import (
     Below,
@@ -50,7 +50,7 @@ def population_law(laws: RewardDistribution, num_levels: int = DENSE_LEVELS) -> 
 
     Args:
         laws: batch shape (N,). Laws that are not finite are left out.
-        num_levels: of the result; see `reward.mixtures.mixture` for what that costs.
+        num_levels: of the result; see `reward.mixtures.cell_means` for what that costs.
 
     Returns:
         Batch shape ().
@@ -63,9 +63,8 @@ def population_law(laws: RewardDistribution, num_levels: int = DENSE_LEVELS) -> 
     finite = laws.values.isfinite().all(dim=-1)
     if not bool(finite.any()):
         raise ValueError(f"none of the {len(laws)} laws is finite, so that there is no population to look at")
-    rows = [laws[index] for index in finite.nonzero().flatten().tolist()]
-    weights = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=laws.values.device)
-    return mixture(rows, weights, num_levels)
+    laws = laws[finite]
+    return laws[0] if len(laws) == 1 else pooled_law(laws, num_levels)
 
 
 def check_population_scope(measure: RiskMeasure) -> None:

@@ -15,9 +15,6 @@ from rlhf.risk import parse_risk
 from rlhf.schedules import RiskSchedule
 
 SCOPES = ("response", "population")
-# The largest rollout whose population is looked at answer by answer; the mixture of more is made of this many drawn
-# at even distances, since its cost grows with their square.
-LAWS_IN_POPULATION = 512
 
 
 class RiskObjective:
@@ -199,8 +196,6 @@ class RiskObjective:
 
 
 def _population(laws: RewardDistribution) -> RewardDistribution:
-    if len(laws) > LAWS_IN_POPULATION:
-        laws = laws[torch.linspace(0, len(laws) - 1, LAWS_IN_POPULATION).round().long()]
     if len(laws) == 1:
         # One law alone would stay on its own few levels, and the tracker could not average it with others.
         laws = laws[torch.tensor([0, 0])]

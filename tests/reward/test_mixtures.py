@@ -16,6 +16,7 @@ from reward.mixtures import (
     discrete_law,
     mixture,
     normal_law,
+    pooled_law,
     quantile_average,
 )
 
@@ -291,3 +292,20 @@ def test_the_slow_references_know_known_laws():
         law = ([0.2, 0.5, 0.9], [-2.0, -2.0, 4.0])
         assert reference.cdf(*law, threshold) == pytest.approx(reference_risk.cdf(*law, threshold))
     assert reference.discrete_lower_tail_mean([1.0, 5.0], [0.25, 0.75], 0.5) == 3.0
+
+
+@pytest.mark.parametrize("kind", ["spread out", "ties", "narrow", "points"])
+def test_pooling_equals_the_mixture_of_one_law_at_a_time(kind):
+    generator = torch.Generator().manual_seed(4)
+    levels = torch.tensor([0.3]) if kind == "points" else torch.tensor([0.05, 0.2, 0.25, 0.6, 0.9])
+    values = 3 * torch.randn(17, len(levels), generator=generator, dtype=torch.float64).sort(dim=-1).values
+    if kind == "ties":
+        values = values.round()
+    if kind == "narrow":
+        values = values[:, :1] + 1e-9 * values
+    laws = RewardDistribution(levels.double(), values)
+    pooled = pooled_law(laws, 50)
+    one_by_one = mixture([laws[i] for i in range(17)], [1 / 17] * 17, 50)
+    # Pieces of a billionth of the range are taken as atoms, whose place is off by no more than their width.
+    torch.testing.assert_close(pooled.values, one_by_one.values, atol=1e-7 if kind == "narrow" else 1e-11, rtol=0)
+    assert pooled.mean().item() == pytest.approx(laws.mean().mean().item(), abs=1e-8)
