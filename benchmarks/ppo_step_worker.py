@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from measuring import versions
-from peers.stopwatch import Stopwatch, peak_bytes
+from peers.stopwatch import StepEnds, Stopwatch, peak_bytes
 from peft import LoraConfig
 from torch import Tensor
-from transformers import TrainerCallback
 
 from rlhf import trainer as trainer_module
 from rlhf.config import PPOConfig
@@ -27,20 +26,6 @@ from rlhf.reward_function import RiskReward
 from rlhf.trainer import PPOTrainer
 
 PACKAGES = ("trl", "transformers", "accelerate", "torch", "peft")
-
-
-class StepEnds(TrainerCallback):
-    """Tells the stopwatch where a step ends."""
-
-    def __init__(self, stopwatch: Stopwatch):
-        self.stopwatch, self.setup_bytes = stopwatch, 0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.setup_bytes = peak_bytes(self.stopwatch.device)
-        self.stopwatch.start()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.stopwatch.end_step()
 
 
 class TimedReward:

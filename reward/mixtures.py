@@ -97,9 +97,9 @@ def pooled_law(laws: RewardDistribution, num_levels: int = DENSE_LEVELS) -> Rewa
     inner = shares[1:-1].expand_as(width)
     density = torch.where(wide, inner / torch.where(wide, width, 1.0), 0.0)
     atoms, steps = torch.zeros_like(values), torch.zeros_like(values)
-    atoms[:, 0], atoms[:, -1] = shares[0], atoms[:, -1] + shares[-1]
-    if len(levels) == 1:
-        atoms[:, 0] = 1 / len(laws)
+    # One after the other: the only value of a law with one level holds both ends.
+    atoms[:, 0] += shares[0]
+    atoms[:, -1] += shares[-1]
     atoms[:, :-1] += torch.where(wide, 0.0, inner)
     steps[:, :-1] += density
     steps[:, 1:] -= density

@@ -48,7 +48,7 @@ def save_state(
     settings: dict,
     rank: int,
     is_main: bool,
-    rewards: dict[str, dict],
+    rewards: list[dict],
 ) -> None:
     """Write the state, that of the reward functions, and this rank's rollout while it is still in use."""
     folder = Path(directory)
@@ -62,24 +62,20 @@ def save_state(
 
 def load_state(
     directory: str | Path, settings: dict, rank: int, device: torch.device
-) -> tuple[PPOState, Rollout | None]:
-    """Read what `save_state` wrote.
+) -> tuple[PPOState, Rollout | None, list[dict]]:
+    """Read what `save_state` wrote: the algorithm's state, the rollout in use, and that of the reward functions.
 
     Raises:
         ValueError: no PPO checkpoint, or one of a run with another layout.
     """
     folder = Path(directory)
     check_resumable(folder, settings)
-    state = PPOState(**json.loads((folder / STATE_FILE).read_text())["state"])
-    if state.position == 0:
-        return state, None
-    tensors = load_file(folder / f"rollout_{rank}.safetensors")
-    return state, Rollout(**{name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-def reward_state(directory: str | Path) -> dict[str, dict]:
-    """What reward functions with a state wrote into the checkpoint, by name."""
-    return json.loads((Path(directory) / STATE_FILE).read_text()).get("reward_functions", {})
+    content = json.loads((folder / STATE_FILE).read_text())
+    state, rollout = PPOState(**content["state"]), None
+    if state.position > 0:
+        tensors = load_file(folder / f"rollout_{rank}.safetensors")
+        rollout = Rollout(**{name: tensor.to(device) for name, tensor in tensors.items()})
+    return state, rollout, content["reward_functions"]
 
 
 def check_resumable(directory: str | Path, settings: dict) -> None:

@@ -95,12 +95,16 @@ class Reading:
         value: the measure of the population.
         low, high: 95 % interval, by the delta method over prompts; NaN with fewer than two prompts.
         state: "holds" or "violated" where the interval lies on one side of the bound, else "undecided".
+        shortfall: c − ρ, positive where the constraint is broken; the same sign for every spec.
+        spread: standard deviation of the answers' influence on the measure.
     """
 
     value: float
     low: float
     high: float
     state: str
+    shortfall: float
+    spread: float
 
 
 def read_constraint(
@@ -122,7 +126,7 @@ def read_constraint(
     """
     worth = expected_influence(constraint.measure, laws, statistics(constraint.measure, population)).double()
     # Not ρ of the population's law, which is brought to dense levels: a share of 0.01 would be lost in their grid.
-    value = worth.mean().item()
+    value, spread = worth.mean().item(), _spread(worth)
     if groups is not None:
         _, index = torch.unique(groups, return_inverse=True)
         count = int(index.max()) + 1
@@ -134,7 +138,7 @@ def read_constraint(
     low, high = value - error, value + error
     state = "holds" if low >= constraint.bound else "violated" if high < constraint.bound else "undecided"
     ends = sorted((constraint.as_written(low), constraint.as_written(high)))
-    return Reading(constraint.as_written(value), *ends, state)
+    return Reading(constraint.as_written(value), *ends, state, constraint.bound - value, spread)
 
 
 class DualAscent:
@@ -205,23 +209,24 @@ class DualAscent:
             size += ramp * multiplier * own / (self._scale(0) or _spread(objective) or 1.0)
         return total / size
 
-    def step(self, objective: Tensor, population: RewardDistribution, laws: RewardDistribution) -> None:
-        """Move every multiplier by what this batch says.
+    def read(
+        self, population: RewardDistribution, laws: RewardDistribution, groups: Tensor | None = None
+    ) -> list[Reading]:
+        """What one batch says about each constraint; arguments as for `read_constraint`."""
+        return [read_constraint(constraint, population, laws, groups) for constraint in self.constraints]
+
+    def step(self, objective: Tensor, readings: Sequence[Reading]) -> None:
+        """Move every multiplier by what a batch says.
 
         Args:
             objective: (N,) u₀, whose spread is remembered for `utility`.
-            population: batch shape (), the law of `laws`.
-            laws: (N,) the answers' laws, finite.
+            readings: of the same batch, from `read`.
         """
-        if not self.constraints:
-            return
         low, high = map(math.log, self.bounds)
         self._remember(0, _spread(objective))
-        for i, constraint in enumerate(self.constraints):
-            worth = expected_influence(constraint.measure, laws, statistics(constraint.measure, population)).double()
-            self._remember(i + 1, _spread(worth))
-            shortfall = constraint.bound - worth.mean().item()
-            scale = self._scale(i + 1)
+        for i, reading in enumerate(readings):
+            self._remember(i + 1, reading.spread)
+            scale, shortfall = self._scale(i + 1), reading.shortfall
             # Without any spread only the sign is known.
             move = math.copysign(1.0, shortfall) if scale == 0 and shortfall else shortfall / (scale or 1.0)
             self._log[i] = min(max(self._log[i] + self.step_size * min(max(move, -1.0), 1.0), low), high)

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
@@ -65,7 +72,8 @@ def load_tokenizer(
         revision = (args.model_init_kwargs or {}).get("revision")
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     if args.pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(args.pad_token) in (None, tokenizer.unk_token_id):
+        # Not by id: a pad token that is the unknown token too, as SmolLM2 has it, is in the vocabulary all the same.
+        if args.pad_token not in tokenizer.get_vocab():
             raise ValueError(f"pad_token {args.pad_token!r} is not in the tokenizer's vocabulary.")
         tokenizer.pad_token = args.pad_token
     remedy = (
@@ -102,6 +110,24 @@ def stop_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if not ids:
         raise ValueError("The policy has no EOS token and stop_tokens is empty: no completion could ever end.")
     return ids
+
+
+def generation_config(
+    args: PPOConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]
+) -> GenerationConfig:
+    """Plain sampling at the training temperature, unless `generation_kwargs` say otherwise."""
+    settings = {
+        "max_new_tokens": args.max_completion_length,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stop_token_ids,
+        "disable_compile": True,
+    }
+    return GenerationConfig(**settings | (args.generation_kwargs or {}))
 
 
 def without_dropout(*modules: nn.Module | None) -> None:

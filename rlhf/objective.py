@@ -1,12 +1,14 @@
 """What training climbs: a measure of risk in response or population scope, a schedule, constraints; with its state."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
-from rlhf.constraints import DualAscent, parse_constraint, read_constraint
+from rlhf.constraints import DualAscent, Reading, parse_constraint
 from rlhf.guards import RiskGuards
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
 from rlhf.measures import RiskMeasure, RiskSpecError
@@ -15,6 +17,22 @@ from rlhf.risk import parse_risk
 from rlhf.schedules import RiskSchedule
 
 SCOPES = ("response", "population")
+
+
+class Learned(NamedTuple):
+    """What `RiskObjective.learn` makes of a rollout.
+
+    Attributes:
+        utility: (N,), NaN for a law that is not finite.
+        numbers: for the log, by name.
+        lines: whether each constraint holds, in words.
+        warnings: that are due.
+    """
+
+    utility: Tensor
+    numbers: dict[str, float]
+    lines: list[str]
+    warnings: list[str]
 
 
 class RiskObjective:
@@ -60,7 +78,6 @@ class RiskObjective:
         self.tracker = PopulationTracker(decay)
         self.dual = DualAscent([parse_constraint(spec) for spec in constraints], constraint_step_size)
         self.guards = RiskGuards()
-        self.lines: list[str] = []
 
     @property
     def spec(self) -> str:
@@ -82,9 +99,7 @@ class RiskObjective:
             raise ValueError("a risk schedule needs to know how far training is; use it with a trainer")
         return self.schedule.at(progress)
 
-    def learn(
-        self, laws: RewardDistribution, groups: Tensor | None = None, progress: float | None = None
-    ) -> tuple[Tensor, dict[str, float], list[str]]:
+    def learn(self, laws: RewardDistribution, groups: Tensor | None = None, progress: float | None = None) -> Learned:
         """Utilities of a rollout of training; updates statistics and multipliers.
 
         Args:
@@ -93,27 +108,27 @@ class RiskObjective:
             progress: share of training done; only a schedule needs it.
 
         Returns:
-            (N,) utilities, NaN for a law that is not finite; numbers for the log; warnings that are due. Every rank
-            that passes the same laws gets the same.
+            The same on every rank that passes the same laws.
         """
-        self.lines = []
         measure, ramp = self.at(progress), self._ramp(progress)
         finite = laws.values.isfinite().all(-1)
         utility = laws.values.new_full(laws.batch_shape, torch.nan)
         if not bool(finite.any()):
-            return utility, {}, []
+            return Learned(utility, {}, [], [])
         laws, groups = laws[finite], None if groups is None else groups[finite]
         population = _population(laws)
         self.tracker.update(population)
         objective = self._objective(laws, measure)
         utility[finite] = found = self._with_constraints(objective, laws, ramp)
         numbers = self._population_numbers(population, measure)
-        numbers |= self._constraint_numbers(population, laws, groups)
+        readings = self.dual.read(population, laws, groups)
+        numbers |= self._constraint_numbers(readings)
+        lines = self._constraint_lines(readings, len(laws))
         # A law of one level is a point by choice, and has no tail to miss.
         lowest = float(laws.levels[0]) if len(laws.levels) > 1 else 0.0
         guarded, warnings = self.guards.look(measure, self.scope, found, laws.mean(), lowest)
-        self.dual.step(objective, population, laws)
-        return utility, numbers | guarded, warnings
+        self.dual.step(objective, readings)
+        return Learned(utility, numbers | guarded, lines, warnings)
 
     def evaluate(self, laws: RewardDistribution, progress: float | None = None) -> Tensor:
         """(n,) utilities by the statistics so far; nothing is updated.
@@ -156,22 +171,26 @@ class RiskObjective:
                     numbers[f"risk/{name.split('/')[-1] if self.schedule else name}"] = value.item()
         return numbers
 
-    def _constraint_numbers(
-        self, population: RewardDistribution, laws: RewardDistribution, groups: Tensor | None
-    ) -> dict[str, float]:
+    def _constraint_numbers(self, readings: Sequence[Reading]) -> dict[str, float]:
         numbers = {}
-        for constraint, multiplier in zip(self.dual.constraints, self.dual.multipliers, strict=True):
-            reading = read_constraint(constraint, population, laws, groups)
+        for constraint, multiplier, reading in zip(
+            self.dual.constraints, self.dual.multipliers, readings, strict=True
+        ):
             name = f"constraint/{constraint.name}"
             numbers |= {f"{name}/value": reading.value, f"{name}/multiplier": multiplier}
-            if reading.low == reading.low:
+            if not math.isnan(reading.low):
                 numbers |= {f"{name}/low": reading.low, f"{name}/high": reading.high}
             numbers[f"{name}/holds"] = {"holds": 1.0, "undecided": 0.5, "violated": 0.0}[reading.state]
-            self.lines.append(
-                f"constraint {constraint.spec}: {reading.state}, now {reading.value:.3g} "
-                f"[{reading.low:.3g}, {reading.high:.3g}] over {len(laws)} answers, multiplier {multiplier:.3g}"
-            )
         return numbers
+
+    def _constraint_lines(self, readings: Sequence[Reading], answers: int) -> list[str]:
+        return [
+            f"constraint {constraint.spec}: {reading.state}, now {reading.value:.3g} "
+            f"[{reading.low:.3g}, {reading.high:.3g}] over {answers} answers, multiplier {multiplier:.3g}"
+            for constraint, multiplier, reading in zip(
+                self.dual.constraints, self.dual.multipliers, readings, strict=True
+            )
+        ]
 
     def state_dict(self) -> dict[str, object]:
         """Statistics, multipliers and guards as plain numbers, for a checkpoint."""

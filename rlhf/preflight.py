@@ -135,3 +135,24 @@ def check_prompts(
     if not keep:
         raise ValueError(f"{name}: every prompt exceeds {max_length} tokens; none is left to train on.")
     return dataset.select(keep) if too_long else dataset
+
+
+def check_datasets(
+    train: Dataset,
+    evaluation: Dataset | dict[str, Dataset] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: PreTrainedModel,
+    args: PPOConfig,
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
+    """Both datasets after `check_prompts`, with what the settings and the policy's context leave for a prompt."""
+    limits = {
+        "max_length": prompt_budget(policy, args),
+        "overlong": args.overlong_prompts,
+        "template_kwargs": args.chat_template_kwargs,
+    }
+    train = check_prompts(train, tokenizer, name="train_dataset", **limits)
+    if isinstance(evaluation, dict):
+        evaluation = {name: check_prompts(part, tokenizer, name=name, **limits) for name, part in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = check_prompts(evaluation, tokenizer, name="eval_dataset", **limits)
+    return train, evaluation

@@ -33,7 +33,7 @@ class RiskReward:
     It has the signature of TRL's reward functions, so the same object serves `PPOTrainer`, `GRPOTrainer` and
     `RLOOTrainer`. The reward model reads text with its own tokenizer and template, whatever the policy's. Every rank
     must call it together, because the population is that of all ranks; a call with `is_evaluation=True` is the rank's
-    own and leaves statistics and multipliers as they are.
+    own and leaves statistics and multipliers as they are. TRL's trainers do not say so: their evaluations count too.
 
     A dataset may say how much each attribute counts for a row: its column `attribute_weights` holds A numbers, or a
     number by attribute name. They weigh the attributes' utilities, or, for a single measure, replace the gate.
@@ -46,13 +46,6 @@ class RiskReward:
         risk: risk measure or its spec, such as "cvar:0.1" (see `rlhf.risk.parse_risk`), or one per attribute,
             "helpfulness=mean; harmlessness=0.5*cvar:0.05".
         scope: "response" or "population" (see `rlhf.objective`).
-        constraints: bounds on the population, such as "cvar:0.05 >= -1.0" (see `rlhf.constraints`), with
-            "attribute=" before it for one attribute.
-        schedule: "linear" or "cosine": `risk` is reached over training, starting from `schedule_from`.
-        schedule_from: measure at the start of a schedule.
-        schedule_span: shares of training between which the measure changes.
-        decay: of the population's law from step to step (see `rlhf.population`).
-        constraint_step_size: of the dual ascent.
         tokenizer: the reward model's; unset: loaded beside it.
         batch_size: texts per forward pass. They are sorted by length, so padding costs little.
         max_length: longest text in tokens; unset: the model's context. Longer texts lose their beginning, which
@@ -60,6 +53,7 @@ class RiskReward:
         dtype: of the weights, "auto" takes the checkpoint's.
         tail_threshold: also log the predicted mass at or below this rating, averaged over the batch.
         trust_remote_code: allow models that ship their own Python code.
+        objective: constraints, a schedule and what else `rlhf.attributes.build_objectives` takes.
 
     Raises:
         ValueError: malformed spec, an attribute that the model does not have, or a measure of the distribution for a
@@ -72,29 +66,15 @@ class RiskReward:
         risk: str | RiskMeasure = "mean",
         *,
         scope: str = "response",
-        constraints: Sequence[str] = (),
-        schedule: str | None = None,
-        schedule_from: str | RiskMeasure = "mean",
-        schedule_span: tuple[float, float] = (0.0, 1.0),
-        decay: float = 0.9,
-        constraint_step_size: float = 0.1,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
         dtype: str | torch.dtype = "auto",
         tail_threshold: float | None = None,
         trust_remote_code: bool = False,
+        **objective: Any,
     ):
-        self.objectives = build_objectives(
-            risk,
-            scope,
-            constraints=constraints,
-            schedule=schedule,
-            schedule_from=schedule_from,
-            schedule_span=schedule_span,
-            decay=decay,
-            constraint_step_size=constraint_step_size,
-        )
+        self.objectives = build_objectives(risk, scope, **objective)
         self.tail_threshold = tail_threshold
         if isinstance(model, DistributionSource):
             if tokenizer is not None or max_length is not None:
@@ -199,18 +179,19 @@ class RiskReward:
         """
         state, log_metric = columns.get("trainer_state"), columns.get("log_metric")
         progress = state.global_step / state.max_steps if state is not None and state.max_steps > 0 else None
-        weights, laws, failure = None, {}, None
+        is_evaluation = columns.get("is_evaluation", False)
         try:
             weights = self._attribute_weights(columns.get("attribute_weights"), len(prompts))
             laws = self._laws(prompts, completions, weights)
         except Exception as error:
-            if columns.get("is_evaluation"):
-                raise
-            failure = error
-        if columns.get("is_evaluation"):
+            if not is_evaluation:
+                # The other ranks are about to wait for this one's laws.
+                gather_objects((f"{type(error).__name__}: {error}", {}, []), PartialState())
+            raise
+        if is_evaluation:
             utilities = {name: self.objectives[name].evaluate(law, progress) for name, law in laws.items()}
         else:
-            utilities = self._learn(prompts, laws, failure, progress, log_metric)
+            utilities = self._learn(prompts, laws, progress, log_metric)
         if log_metric is not None:
             self._log_telemetry(laws, log_metric)
         if WHOLE in utilities:
@@ -232,20 +213,12 @@ class RiskReward:
         return {name: attributes[:, self.source.attribute_names.index(name)] for name in self.objectives}
 
     def _learn(
-        self,
-        prompts: Sequence,
-        laws: Mapping[str, RewardDistribution],
-        failure: Exception | None,
-        progress: float | None,
-        log_metric: Any,
+        self, prompts: Sequence, laws: Mapping[str, RewardDistribution], progress: float | None, log_metric: Any
     ) -> dict[str, Tensor]:
         """Utilities of this rank's completions, with the population of all ranks."""
         process = PartialState()
-        said = None if failure is None else f"{type(failure).__name__}: {failure}"
-        own = (said, {name: law.values for name, law in laws.items()}, [_digest(prompt) for prompt in prompts])
+        own = (None, {name: law.values for name, law in laws.items()}, [_digest(prompt) for prompt in prompts])
         ranks = gather_objects(own, process)
-        if failure is not None:
-            raise failure
         for rank, (error, _, _) in enumerate(ranks):
             if error is not None:
                 raise RuntimeError(f"the reward model failed on rank {rank} ({error})")
@@ -255,15 +228,15 @@ class RiskReward:
         for name, law in laws.items():
             everything = RewardDistribution(law.levels, torch.cat([values[name] for _, values, _ in ranks]))
             objective = self.objectives[name]
-            utility, numbers, due = objective.learn(everything, groups, progress)
-            utilities[name] = utility[start : start + len(prompts)]
+            learned = objective.learn(everything, groups, progress)
+            utilities[name] = learned.utility[start : start + len(prompts)]
             if process.is_main_process:
-                for line in objective.lines:
+                for line in learned.lines:
                     logger.info("%s", line if name == WHOLE else f"{name}: {line}")
-                for warning in due:
+                for warning in learned.warnings:
                     warnings.warn(warning, stacklevel=3)
             if log_metric is not None:
-                for metric, value in numbers.items():
+                for metric, value in learned.numbers.items():
                     log_metric(metric if name == WHOLE else f"{metric}/{name}", value)
         return utilities
 

@@ -1,7 +1,9 @@
 """From dataset rows to completions and what policy, reference and critic said about their tokens."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,3 +150,11 @@ def completions_of(
     if conversational:
         return [[{"role": "assistant", "content": text}] for text in texts], ids
     return texts, ids
+
+
+def write_completions(file: Path, prompts: list, completions: list, scores: Tensor) -> None:
+    """One JSON line per completion, for people to read; a later evaluation of the same step replaces the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = zip(prompts, completions, scores.tolist(), strict=True)
+    lines = [json.dumps({"prompt": p, "completion": c, "score": s}, ensure_ascii=False) for p, c, s in rows]
+    file.write_text("\n".join(lines) + "\n")

@@ -63,22 +63,23 @@ class RewardFunctions:
             if hasattr(function, "prepare"):
                 function.prepare(accelerator)
 
-    def state_dict(self) -> dict[str, dict]:
-        """State of each function that has one (`state_dict`, plain numbers), by name."""
-        pairs = zip(self.names, self.functions, strict=True)
-        return {name: function.state_dict() for name, function in pairs if hasattr(function, "state_dict")}
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Name of each function in order, and the state of those that have one (`state_dict`, plain numbers)."""
+        states = [f.state_dict() if hasattr(f, "state_dict") else None for f in self.functions]
+        return [{"name": name, "state": state} for name, state in zip(self.names, states, strict=True)]
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
+    def load_state_dict(self, saved: list[dict[str, Any]]) -> None:
         """Continue from what `state_dict` gave.
 
         Raises:
             ValueError: the state of other reward functions.
         """
-        own = {n: f for n, f in zip(self.names, self.functions, strict=True) if hasattr(f, "state_dict")}
-        if set(state) != set(own):
-            raise ValueError(f"the checkpoint was trained on the rewards {sorted(state)}, this run on {sorted(own)}")
-        for name, function in own.items():
-            function.load_state_dict(state[name])
+        names = [entry["name"] for entry in saved]
+        if names != self.names:
+            raise ValueError(f"the checkpoint was trained on the rewards {names}, this run on {self.names}")
+        for function, entry in zip(self.functions, saved, strict=True):
+            if entry["state"] is not None:
+                function.load_state_dict(entry["state"])
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, Any]

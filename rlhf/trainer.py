@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import is_conversational
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
@@ -19,23 +19,22 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rlhf import models
 from rlhf.advantages import gae, next_kl_coef, token_rewards
-from rlhf.checkpoint import (
-    PPOState,
-    check_resumable,
-    layout,
-    load_state,
-    load_weights,
-    reward_state,
-    save_state,
-    save_weights,
-)
+from rlhf.checkpoint import PPOState, check_resumable, layout, load_state, load_weights, save_state, save_weights
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic, CompletionScores, concatenate_scores
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
-from rlhf.preflight import check_batches, check_launch, check_output_dir, check_prompts, prompt_budget
-from rlhf.rollout import Rollout, RolloutSampler, completions_of, generate, left_pad, tokenize_prompts
+from rlhf.preflight import check_batches, check_datasets, check_launch, check_output_dir
+from rlhf.rollout import (
+    Rollout,
+    RolloutSampler,
+    completions_of,
+    generate,
+    left_pad,
+    tokenize_prompts,
+    write_completions,
+)
 from rlhf.scoring import RewardFunctions, shape_scores
 
 
@@ -96,16 +95,7 @@ class PPOTrainer(_BaseTrainer):
 
         set_seed(args.seed)  # the adapter's random weights must be the same on every rank
         policy = models.load_policy(model, args)
-        limits = {
-            "max_length": prompt_budget(policy, args),
-            "overlong": args.overlong_prompts,
-            "template_kwargs": args.chat_template_kwargs,
-        }
-        train_dataset = check_prompts(train_dataset, tokenizer, name="train_dataset", **limits)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {k: check_prompts(d, tokenizer, name=k, **limits) for k, d in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = check_prompts(eval_dataset, tokenizer, name="eval_dataset", **limits)
+        train_dataset, eval_dataset = check_datasets(train_dataset, eval_dataset, tokenizer, policy, args)
         check_batches(args, len(train_dataset))
         policy.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         policy.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -129,20 +119,7 @@ class PPOTrainer(_BaseTrainer):
             raise ValueError("Several GPUs in one process are not supported; start with `accelerate launch`.")
         self.reference = self._prepare_frozen(reference)
         self.reward_functions.prepare(self.accelerator)
-        self.generation_config = GenerationConfig(
-            **{
-                "max_new_tokens": args.max_completion_length,
-                "do_sample": True,
-                "temperature": args.temperature,
-                "top_k": 0,
-                "top_p": 1.0,
-                "pad_token_id": tokenizer.pad_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": self.stop_token_ids,
-                "disable_compile": True,
-                **(args.generation_kwargs or {}),
-            }
-        )
+        self.generation_config = models.generation_config(args, tokenizer, self.stop_token_ids)
         self.ppo_state = PPOState(kl_coef=args.kl_coef, tail_threshold=args.tail_threshold)
         self._rollout: Rollout | None = None
         self._global_tokens = torch.tensor(1.0)
@@ -253,7 +230,8 @@ class PPOTrainer(_BaseTrainer):
                 metrics.add(f"reward/{name}_mean", applies.sum() / max(len(applies), 1), len(applies))
         scores = shape_scores(scores.to(mask.device), finished, prompts, self.args, metrics)
         if self.args.log_completions:
-            self._write_completions(prompts, completions, scores)
+            name = f"step_{self.state.global_step:06d}_rank_{self.accelerator.process_index}.jsonl"
+            write_completions(Path(self.args.output_dir, "completions", name), prompts, completions, scores)
         return scores
 
     # ---- One micro-batch --------------------------------------------------------------------------------------
@@ -423,14 +401,6 @@ class PPOTrainer(_BaseTrainer):
             logs = {**logs, **self._train_metrics.read(self.accelerator)}
         super().log(logs, start_time)
 
-    def _write_completions(self, prompts: list, completions: list, scores: Tensor) -> None:
-        folder = Path(self.args.output_dir) / "completions"
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{self.state.global_step:06d}_rank_{self.accelerator.process_index}.jsonl"
-        rows = zip(prompts, completions, scores.tolist(), strict=True)
-        lines = [json.dumps({"prompt": p, "completion": c, "score": s}, ensure_ascii=False) for p, c, s in rows]
-        (folder / name).write_text("\n".join(lines) + "\n")
-
     def _send_telemetry(self) -> None:
         """Nothing is reported to anybody."""
 
@@ -470,10 +440,10 @@ class PPOTrainer(_BaseTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.ppo_state, self._rollout = load_state(
+            self.ppo_state, self._rollout, rewards = load_state(
                 checkpoint, self._layout(), self.accelerator.process_index, self.accelerator.device
             )
-            self.reward_functions.load_state_dict(reward_state(checkpoint))
+            self.reward_functions.load_state_dict(rewards)
 
     def _layout(self) -> dict[str, object]:
         module = self.accelerator.unwrap_model(self.model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 REST = "rest"
 
@@ -117,3 +118,17 @@ def peak_bytes(device: str) -> int:
         return int(lines[0][1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class StepEnds(TrainerCallback):
+    """Tells the stopwatch where a step ends."""
+
+    def __init__(self, stopwatch: Stopwatch):
+        self.stopwatch, self.setup_bytes = stopwatch, 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.setup_bytes = peak_bytes(self.stopwatch.device)
+        self.stopwatch.start()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.stopwatch.end_step()

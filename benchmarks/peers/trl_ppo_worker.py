@@ -15,32 +15,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from stopwatch import Stopwatch, peak_bytes
+from stopwatch import StepEnds, Stopwatch, peak_bytes
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    TrainerCallback,
     set_seed,
 )
 from trl.experimental import ppo
 from trl.experimental.ppo import ppo_trainer
 
 PACKAGES = ("trl", "transformers", "accelerate", "torch")
-
-
-class StepEnds(TrainerCallback):
-    """Tells the stopwatch where a step ends."""
-
-    def __init__(self, stopwatch: Stopwatch):
-        self.stopwatch, self.setup_bytes = stopwatch, 0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.setup_bytes = peak_bytes(self.stopwatch.device)
-        self.stopwatch.start()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.stopwatch.end_step()
 
 
 class Phases:

@@ -1,14 +1,26 @@
-"""Start a script on CPU ranks as a user would, from the configs that the project ships."""
+"""Start a script on CPU ranks as a user would, from the configs that the project ships; or load one as a module."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 
 ROOT = Path(__file__).parents[2]
+
+
+def load_recipe(name: str) -> ModuleType:
+    """`recipes/NAME.py` as a module; `recipes` is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def cpu_config(name: str, folder: Path, ranks: int) -> Path:

@@ -1,28 +1,16 @@
 """Best of n as people run it: from a completions file to a selected one, and on to the judge."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
-from distributed.launching import ROOT
+from distributed.launching import load_recipe
 from tiny import tiny_qrm, tiny_tokenizer
 from trl import TrlParser
 
 from eval.records import read_jsonl, write_jsonl
 from eval.selection import best_of_n_kl
 from rlhf.reward_function import RiskReward
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 recipe, evaluation = load_recipe("best_of_n"), load_recipe("evaluate")
 WORDS = ["the", "a", "red", "green", "blue", "good", "bad", "fine"]

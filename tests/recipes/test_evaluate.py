@@ -1,29 +1,17 @@
 """The evaluation recipe as people start it: from YAML and flags, a second time, on one rank and on two."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 import yaml
-from distributed.launching import ROOT, cpu_config, launch
+from distributed.launching import ROOT, cpu_config, launch, load_recipe
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from trl import TrlParser
 
 from eval.records import read_jsonl
 from reward.modeling import QRMForSequenceClassification
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 recipe = load_recipe("evaluate")
 GROUPS = (recipe.PolicyArguments, recipe.PromptArguments, recipe.JudgeArguments, recipe.OutputArguments)

@@ -1,13 +1,11 @@
 """The reward model evaluation as people start it: ratings, pairs or both, and what it refuses before it loads."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 import yaml
-from distributed.launching import ROOT
+from distributed.launching import ROOT, load_recipe
 from tiny import tiny_qrm, tiny_tokenizer
 from trl import TrlParser
 
@@ -16,16 +14,6 @@ from reward.calibration import calibration_report
 from reward.data import RatingCollator, load_ratings, rating_dataset, rating_row, tokenize_texts
 from reward.training import constant_quantiles, predict_quantiles
 from rlhf.reward_function import RiskReward
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 recipe = load_recipe("evaluate_reward")
 GROUPS = (recipe.ModelArguments, recipe.RatingArguments, recipe.PreferenceArguments, recipe.OutputArguments)

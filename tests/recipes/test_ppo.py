@@ -1,13 +1,12 @@
 """The PPO recipe as people start it: from YAML and flags, on one rank and on two."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
 import yaml
-from distributed.launching import ROOT, cpu_config, launch
+from distributed.launching import ROOT, cpu_config, launch, load_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_prompts, tiny_qrm, tiny_tokenizer
@@ -15,15 +14,6 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from rlhf.config import PPOConfig
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """The wiring of the study: which commands, in which order, what is kept, what is refused, what comes out."""
 
-import importlib.util
 import json
-import sys
 from itertools import pairwise
 
 import matplotlib.image
 import pytest
 import yaml
-from distributed.launching import ROOT
+from distributed.launching import ROOT, load_recipe
 from tiny import tiny_qrm, tiny_tokenizer
 from trl import ModelConfig, TrlParser
 
@@ -19,15 +17,6 @@ from rlhf.config import PPOConfig
 
 WORDS = ["the", "a", "red", "green", "blue", "good", "bad", "fine", "film", "very", "risky", "safe"]
 LEVELS = [0.1, 0.5, 0.9]
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 recipe = load_recipe("study_risk")

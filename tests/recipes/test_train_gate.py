@@ -1,12 +1,11 @@
 """The gate recipe as people start it: from a model with several attributes and a file of pairs to a gated model."""
 
-import importlib.util
 import itertools
 import json
 
 import pytest
 import torch
-from distributed.launching import ROOT
+from distributed.launching import ROOT, load_recipe
 from tiny import tiny_qrm, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import TrlParser
@@ -20,13 +19,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 WORDS = ["<user>", "<assistant>", "<end>", "the", "film", "is", "good", "bad", "fine", "very", "not", "risky"]
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 recipe = load_recipe("train_gate")

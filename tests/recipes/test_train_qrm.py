@@ -1,12 +1,11 @@
 """The reward model recipe as people start it: from YAML and flags, on one rank and on two."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
 import yaml
-from distributed.launching import ROOT, cpu_config, launch
+from distributed.launching import ROOT, cpu_config, launch, load_recipe
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import TrlParser
@@ -17,14 +16,6 @@ from reward.features import trunk_features
 from reward.modeling import QRMForSequenceClassification
 from reward.quantile_regression import fit_linear_quantiles
 from reward.training import predict_quantiles, tokenize_ratings
-
-
-def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 recipe = load_recipe("train_qrm")
 

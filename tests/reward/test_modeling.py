@@ -23,8 +23,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from reward.configuration import QRMConfig
 from reward.distribution import RewardDistribution
-from reward.modeling import QRMConfig, QRMForSequenceClassification
+from reward.modeling import QRMForSequenceClassification
 
 LEVELS = [0.05, 0.2, 0.5, 0.75, 0.9]
 NAMES = ["helpful", "harmless", "honest"]

@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from reward.modeling import QRMConfig, QRMForSequenceClassification
+from reward.configuration import QRMConfig
+from reward.modeling import QRMForSequenceClassification
 from reward.output import QRMOutput
 from reward.released import is_released, load_released
 from reward.released_layouts import read_layout

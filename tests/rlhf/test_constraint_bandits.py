@@ -29,7 +29,7 @@ import reference_risk
 import torch
 from bandits import Bandit, policies, sampled_population
 
-from rlhf.constraints import DualAscent, parse_constraint, read_constraint
+from rlhf.constraints import DualAscent, parse_constraint
 
 BOLD, MID, SAFE = {4.0: 0.7, -3.0: 0.3}, {1.5: 0.6, -1.0: 0.4}, {0.0: 1.0}
 SEEDS = [1, 2, 3]
@@ -46,14 +46,14 @@ def climb(arms, specs, seed, steps, start, step_size):
     def worth_of(laws, drawn):
         population = sampled_population(laws, drawn.bincount(minlength=len(laws)))
         worth = dual.utility(laws.mean(), laws, population)
-        last[:] = [population, laws[drawn]]
-        dual.step(laws.mean()[drawn], population, laws[drawn])
+        last[:] = dual.read(population, laws[drawn])
+        dual.step(laws.mean()[drawn], last)
         multipliers.append(dual.multipliers)
         return worth
 
     found = policies(bandit, worth_of, seed, steps=steps, learning_rate=0.3, epochs=1, kl_coef=KL)
     found = torch.stack([policy[0] for policy in found])
-    return found, torch.tensor(multipliers), [read_constraint(constraint, *last) for constraint in dual.constraints]
+    return found, torch.tensor(multipliers), last
 
 
 def feasible_best(arms, tail=None, share=None, grid=41):

@@ -197,11 +197,11 @@ def test_interval_of_the_tail_covers():
 def test_multipliers_move_by_hand():
     dual = DualAscent([parse_constraint("mean >= 2")], step_size=0.5, start=1.0)
     laws = point(0.0, 2.0)
-    dual.step(laws.mean(), population_law(laws), laws)
+    dual.step(laws.mean(), dual.read(population_law(laws), laws))
     # Shortfall 1 at a standard deviation of 1: the largest step.
     assert dual.multipliers == pytest.approx([math.exp(0.5)], abs=1e-9)
     laws = point(0.0, 4.8)
-    dual.step(laws.mean(), population_law(laws), laws)
+    dual.step(laws.mean(), dual.read(population_law(laws), laws))
     # Scales 1 and 2.4 averaged with weights 0.9 and 1; shortfall -0.4.
     scale = (0.9 * 1 + 2.4) / 1.9
     assert dual.multipliers == pytest.approx([math.exp(0.5 - 0.5 * 0.4 / scale)], abs=1e-9)
@@ -211,11 +211,11 @@ def test_multipliers_stay_in_their_bounds():
     dual = DualAscent([parse_constraint("mean >= 100")], step_size=3.0, bounds=(0.05, 7.0))
     laws = point(0.0, 2.0)
     for _ in range(5):
-        dual.step(laws.mean(), population_law(laws), laws)
+        dual.step(laws.mean(), dual.read(population_law(laws), laws))
     assert dual.multipliers == pytest.approx([7.0])
     dual = DualAscent([parse_constraint("mean >= -100")], step_size=3.0, bounds=(0.05, 7.0))
     for _ in range(5):
-        dual.step(laws.mean(), population_law(laws), laws)
+        dual.step(laws.mean(), dual.read(population_law(laws), laws))
     assert dual.multipliers == pytest.approx([0.05])
 
 
@@ -305,7 +305,7 @@ def test_a_tail_below_the_lowest_level_is_told():
 
 def test_response_scope_is_the_measure_of_each_law():
     laws = spread_laws()
-    utility, numbers, _ = RiskObjective("cvar:0.3").learn(laws)
+    utility, numbers, _, _ = RiskObjective("cvar:0.3").learn(laws)
     torch.testing.assert_close(utility, parse_risk("cvar:0.3")(laws), atol=0, rtol=0)
     assert numbers["population/rating_mean"] == pytest.approx(laws.mean().mean().item(), abs=1e-9)
 
@@ -314,7 +314,7 @@ def test_population_scope_looks_at_the_population_of_all_steps():
     objective = RiskObjective("cvar:0.5", "population", decay=0.5)
     first, second = point(-4.0, 0.0, 2.0, 6.0), point(-2.0, 2.0, 4.0, 8.0)
     objective.learn(first)
-    utility, numbers, _ = objective.learn(second)
+    utility, numbers, _, _ = objective.learn(second)
     nu = numbers["risk/cvar:0.5/nu"]
     # Medians of the two populations, jumps from 0 to 2 and from 2 to 4, with weights 1/3 and 2/3.
     assert nu == pytest.approx(
@@ -343,12 +343,12 @@ def test_law_without_numbers_has_no_say():
     broken.values[3] = math.nan
     kept = torch.arange(40) != 3
     for scope in ("response", "population"):
-        utility, _, _ = RiskObjective("cvar:0.2", scope).learn(broken)
+        utility, _, _, _ = RiskObjective("cvar:0.2", scope).learn(broken)
         assert utility[3].isnan()
-        alone, _, _ = RiskObjective("cvar:0.2", scope).learn(laws[kept])
+        alone, _, _, _ = RiskObjective("cvar:0.2", scope).learn(laws[kept])
         torch.testing.assert_close(utility[kept], alone, atol=0, rtol=0)
     nothing = RewardDistribution(laws.levels, torch.full_like(laws.values, math.nan))
-    utility, numbers, _ = RiskObjective("cvar:0.2", "population").learn(nothing)
+    utility, numbers, _, _ = RiskObjective("cvar:0.2", "population").learn(nothing)
     assert utility.isnan().all()
     assert numbers == {}
 
@@ -374,7 +374,7 @@ def test_state_continues_bit_by_bit():
         first.learn(spread_laws(seed=step), progress=step / 4)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in range(2, 4):
-        last, _, _ = second.learn(spread_laws(seed=step), progress=step / 4)
+        last, _, _, _ = second.learn(spread_laws(seed=step), progress=step / 4)
     assert json.dumps(whole.state_dict()) == json.dumps(second.state_dict())
     assert torch.equal(whole.evaluate(spread_laws(seed=3), progress=0.75), second.evaluate(spread_laws(seed=3), 0.75))
     assert last.isfinite().all()
