@@ -1,4 +1,4 @@
-"""What a quantile reward model is made of: trunk, pooling, levels, attributes, heads, gate; checked where it is set."""
+"""What a quantile reward model is made of: trunk, pooling, levels, attributes, heads, gate; checked where set."""
 
 import copy
 from dataclasses import field
