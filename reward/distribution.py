@@ -171,6 +171,9 @@ class RewardDistribution:
         centre = rate * ((lower + upper) / 2 - mean.unsqueeze(-1))
         half_width = abs(rate) * (upper - lower) / 2
         spread = abs(rate) * (self.values[..., -1] - self.values[..., 0])
+        # The mean of equal values may round to another number, and the rate makes the difference as large as it likes.
+        bound = spread.detach().unsqueeze(-1)
+        centre = centre.clamp(-bound, bound)
         gentle = spread < 1.0
         # Both branches are evaluated everywhere: the one not chosen gets zeros, so that it cannot overflow.
         small = torch.where(gentle.unsqueeze(-1), centre + _log_sinhc(half_width), 0.0)

@@ -102,7 +102,7 @@ def read_source_spec(text: str) -> SourceSpec:
     if not text:
         raise SourceSpecError(_explain("a reward model is a non-empty string"))
     kind, colon, rest = text.partition(":")
-    if not colon or Path(text).exists():
+    if not colon or _exists(text):
         kind, rest = "model", text
     elif kind not in OPTIONS or kind == "model":
         raise SourceSpecError(_explain(f"unknown kind of reward model {kind!r} in {text!r}"))
@@ -174,10 +174,18 @@ def _options(kind: str, query: str, text: str) -> dict[str, Any]:
 def _check_path(path: str, text: str) -> None:
     """Refuses a folder that cannot hold a model, before anything is loaded."""
     folder, within = Path(path), "" if path == text else f"{text}: "
-    if folder.exists() and not (folder / "config.json").exists():
+    if _exists(path) and not (folder / "config.json").exists():
         raise SourceSpecError(f"{within}{path} holds no model (config.json is missing)")
-    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or path.startswith(".")):
+    if not _exists(path) and (folder.is_absolute() or len(folder.parts) > 2 or path.startswith(".")):
         raise SourceSpecError(_explain(f"{within}{path} does not exist; give a folder with a model, or a hub id"))
+
+
+def _exists(path: str) -> bool:
+    """Whether a file or folder is there; what cannot even be a name is not."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
 
 
 def _explain(problem: str) -> str:

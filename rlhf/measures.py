@@ -15,6 +15,12 @@ from torch import Tensor
 from reward.distribution import RewardDistribution
 from rlhf.shortfall import mean_shortfall, shortfall_at_values, square_shortfall
 
+# The largest factor of a measure: beyond, its product with a variance may leave float32, and infinity less infinity
+# is no number.
+LARGEST = 1e6
+# The largest weight of gains in an expectile: beyond, rounding decides where gains and shortfalls balance.
+LARGEST_GAIN_WEIGHT = 1 - 1e-9
+
 
 class RiskSpecError(ValueError):
     """A risk spec that cannot be read, or a number in it that is out of range."""
@@ -165,9 +171,7 @@ class MeanVariance(RiskMeasure):
     translation = averse = True
 
     def __init__(self, variance_weight: float):
-        if not (math.isfinite(variance_weight) and variance_weight >= 0):
-            raise RiskSpecError(f"mean_variance:L needs a finite L >= 0, got {variance_weight}")
-        self.variance_weight = float(variance_weight)
+        self.variance_weight = spread_price(variance_weight, "mean_variance")
 
     @property
     def spec(self) -> str:
@@ -233,9 +237,7 @@ class MeanStd(RiskMeasure):
     translation = homogeneous = averse = True
 
     def __init__(self, std_weight: float):
-        if not (math.isfinite(std_weight) and std_weight >= 0):
-            raise RiskSpecError(f"mean_std:L needs a finite L >= 0, got {std_weight}")
-        self.std_weight = float(std_weight)
+        self.std_weight = spread_price(std_weight, "mean_std")
 
     @property
     def spec(self) -> str:
@@ -264,9 +266,7 @@ class Semideviation(RiskMeasure):
     translation = homogeneous = averse = True
 
     def __init__(self, deviation_weight: float):
-        if not (math.isfinite(deviation_weight) and deviation_weight >= 0):
-            raise RiskSpecError(f"semideviation:L needs a finite L >= 0, got {deviation_weight}")
-        self.deviation_weight = float(deviation_weight)
+        self.deviation_weight = spread_price(deviation_weight, "semideviation")
         self.monotone = self.deviation_weight <= 1
 
     @property
@@ -304,7 +304,7 @@ class Expectile(RiskMeasure):
     monotone = translation = homogeneous = True
 
     def __init__(self, gain_weight: float):
-        if not 0.0 < gain_weight < 1.0:
+        if not 0.0 < gain_weight <= LARGEST_GAIN_WEIGHT:
             raise RiskSpecError(f"expectile:T needs a weight of gains T in (0, 1), got {gain_weight}")
         self.gain_weight = float(gain_weight)
         self.averse = self.gain_weight <= 0.5
@@ -314,11 +314,12 @@ class Expectile(RiskMeasure):
         return f"expectile:{text_of(self.gain_weight)}"
 
     def __call__(self, distribution: RewardDistribution) -> Tensor:
-        root = self._root(distribution.detach())
+        # In float64: with a price near one, the slope is as small as a float32's rounding of the balance.
+        law = distribution.to(torch.float64)
+        root = self._root(law.detach())
         # One Newton step from the root: it stays where it is and gets the derivative of an implicit function.
-        balance = self.balance(distribution, root)
-        slope = self.gain_weight + (1 - 2 * self.gain_weight) * distribution.detach().cdf(root)
-        return root + balance / slope
+        slope = self.gain_weight + (1 - 2 * self.gain_weight) * law.detach().cdf(root)
+        return (root + self.balance(law, root) / slope).to(distribution.values.dtype)
 
     def balance(self, distribution: RewardDistribution, at: Tensor) -> Tensor:
         """τ E (Z − e)₊ − (1 − τ) E (e − Z)₊ at e = `at`, zero at the expectile and falling; (...)."""
@@ -377,6 +378,13 @@ def tail_mass(alpha: float, name: str) -> float:
     if not 0.0 < alpha <= 1.0:
         raise RiskSpecError(f"{name}:A needs a lower-tail mass A in (0, 1], got {alpha}")
     return float(alpha)
+
+
+def spread_price(weight: float, name: str) -> float:
+    """A price for spread, checked."""
+    if not 0.0 <= weight <= LARGEST:
+        raise RiskSpecError(f"{name}:L needs a finite L >= 0, at most {LARGEST:g}, got {weight}")
+    return float(weight)
 
 
 def is_number(text: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from reward.distribution import RewardDistribution
 from rlhf.distortions import CPW, Power, Spectral, Wang
 from rlhf.measures import (
+    LARGEST,
     Below,
     CVaR,
     Entropic,
@@ -48,8 +49,10 @@ class WeightedSum(RiskMeasure):
         if not terms:
             raise RiskSpecError(_explain("a weighted sum needs at least one term"))
         for weight, measure in terms:
-            if not math.isfinite(weight) or weight == 0:
-                raise RiskSpecError(_explain(f"the weight of {measure.spec} must be finite and not zero: {weight}"))
+            if not 0 < abs(weight) <= LARGEST:
+                raise RiskSpecError(
+                    _explain(f"the weight of {measure.spec} must be finite and not zero, at most {LARGEST:g}: {weight}")
+                )
         self.terms = [(float(weight), measure) for weight, measure in terms]
         positive = all(weight > 0 for weight, _ in terms)
         sums_to_one = math.isclose(sum(weight for weight, _ in terms), 1.0, rel_tol=1e-6)
