@@ -50,9 +50,8 @@ class WeightedSum(RiskMeasure):
             raise RiskSpecError(_explain("a weighted sum needs at least one term"))
         for weight, measure in terms:
             if not 0 < abs(weight) <= LARGEST:
-                raise RiskSpecError(
-                    _explain(f"the weight of {measure.spec} must be finite and not zero, at most {LARGEST:g}: {weight}")
-                )
+                problem = f"the weight of {measure.spec} must be finite, not zero and at most {LARGEST:g}"
+                raise RiskSpecError(_explain(f"{problem}: {weight}"))
         self.terms = [(float(weight), measure) for weight, measure in terms]
         positive = all(weight > 0 for weight, _ in terms)
         sums_to_one = math.isclose(sum(weight for weight, _ in terms), 1.0, rel_tol=1e-6)
