@@ -32,7 +32,6 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,6 @@ import torch
 from measuring import RESULTS, hardware, timed, write_result
 from step_comparison import check_same_tokens, comparison, ratio, risk_share, side, spread_lengths, table
 from step_models import prepare_models, prepare_tiny
-
-from rlhf.config import PPOConfig
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RUNS = Path("runs/benchmarks/ppo_step")
@@ -55,8 +52,6 @@ TARGETS = {
     "lora_bf16": {"time_ratio": 0.42, "memory_ratio": 0.35},
 }
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-# What makes micro-batches length-aware, as settings of PPOConfig; without them the row is left out.
-LENGTH_AWARE = {"length_aware_micro_batches": True}
 LENGTHS = (4, 128)
 RISK = {"risk": "cvar:0.1"}
 SCOPES = {
@@ -74,9 +69,8 @@ def main() -> None:
     result = bench.stored()
     for name in options.configurations:
         row = bench.lengths() if name == "lengths" else bench.risk() if name == "risk_overhead" else bench.pair(name)
-        if row is not None:
-            result["configurations"][name] = row
-            path = bench.write(result)
+        result["configurations"][name] = row
+        path = bench.write(result)
     print(table(result["configurations"], {} if options.tiny else TARGETS))
     for name in ("lengths", "risk_overhead"):
         if name in options.configurations and name in result["configurations"]:
@@ -292,20 +286,17 @@ class Bench:
             print(row["note"])
         return row
 
-    def lengths(self) -> dict[str, Any] | None:
+    def lengths(self) -> dict[str, Any]:
         """Our padded path against length-aware micro-batches, on the same completions."""
-        missing = sorted(set(LENGTH_AWARE) - {field.name for field in fields(PPOConfig)})
-        if missing:
-            print(f"lengths: left out, the trainer has no setting {', '.join(missing)}")
-            return None
         shortest, longest = (2, 16) if self.options.tiny else LENGTHS
         lengths = spread_lengths(shortest, longest, self.options.rows)
         micro = max(1, self.options.rows // 4)
         batches = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": self.options.rows // micro}
         runs: dict[str, list] = {"aware": [], "padded": []}
         for turn in range(self.options.rounds):
-            for way, settings in (("aware", LENGTH_AWARE), ("padded", {})):
-                task = self.our_task(turn == 0, longest, **batches, **settings) | {"lengths": lengths}
+            for way in runs:
+                aware = {"length_aware_micro_batches": way == "aware"}
+                task = self.our_task(turn == 0, longest, **batches, **aware) | {"lengths": lengths}
                 task["expected_tokens"] = sum(lengths)
                 runs[way].append(self.run(f"lengths-{way}-{turn}", task))
         check_same_tokens(runs["aware"], runs["padded"], sum(lengths))

@@ -69,7 +69,7 @@ def measure_phases(trainer: PPOTrainer, stopwatch: Stopwatch, tokens: list[int])
 
     trainer._sample, trainer._collect, ActorCritic.forward = counted_sample, collect_then_update, scored_forward
     trainer._score = stopwatch.timed("scoring", trainer._score)
-    trainer._token_scores = stopwatch.timed("old_logprobs_and_values", trainer._token_scores)
+    trainer.passes.collect = stopwatch.timed("old_logprobs_and_values", trainer.passes.collect)
 
 
 def cut_to(lengths: list[int]) -> Callable[..., Any]:

@@ -25,10 +25,9 @@ class CompletionScores(NamedTuple):
     entropy: Tensor | None
     value_quantiles: Tensor | None = None  # of the return; not sorted, their mean is the value
 
-
-def concatenate_scores(parts: list[CompletionScores]) -> CompletionScores:
-    """The scores of all micro-batches as those of one batch."""
-    return CompletionScores(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+    def detach(self) -> "CompletionScores":
+        """The same numbers without their graph."""
+        return CompletionScores(*(None if column is None else column.detach() for column in self))
 
 
 class ValueHead(nn.Module):

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
 from rlhf.masking import completion_mask_from_ids
+from rlhf.passes import bounds
 
 
 @dataclass
@@ -32,6 +33,17 @@ class Rollout:
     def rows(self, index: Tensor) -> "Rollout":
         """The rollout of some rows."""
         return Rollout(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def without_padding(self) -> "Rollout":
+        """The same rows without the columns in which none of them has a token."""
+        num_tokens, width = self.completion_mask.shape[1], self.input_ids.shape[1]
+        first, longest = bounds(self.attention_mask, num_tokens)
+        text, completion = slice(first, width - num_tokens + longest), slice(longest)
+        cut = {
+            field.name: getattr(self, field.name)[:, completion] for field in fields(self) if field.name != "finished"
+        }
+        cut |= {name: getattr(self, name)[:, text] for name in ("input_ids", "attention_mask")}
+        return Rollout(finished=self.finished, **cut)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name, for a checkpoint taken while the rollout is in use."""

@@ -21,10 +21,11 @@ from rlhf import models
 from rlhf.advantages import gae, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState, check_resumable, layout, load_state, load_weights, save_state, save_weights
 from rlhf.config import PPOConfig
-from rlhf.critic import ActorCritic, CompletionScores, concatenate_scores
+from rlhf.critic import ActorCritic
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
+from rlhf.passes import ForwardPasses
 from rlhf.preflight import check_batches, check_datasets, check_launch, check_output_dir
 from rlhf.rollout import (
     Rollout,
@@ -117,7 +118,7 @@ class PPOTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process are not supported; start with `accelerate launch`.")
-        self.reference = self._prepare_frozen(reference)
+        self.passes = ForwardPasses(self, self._prepare_frozen(reference))
         self.reward_functions.prepare(self.accelerator)
         self.generation_config = models.generation_config(args, tokenizer, self.stop_token_ids)
         self.ppo_state = PPOState(kl_coef=args.kl_coef, tail_threshold=args.tail_threshold)
@@ -139,7 +140,8 @@ class PPOTrainer(_BaseTrainer):
         generated = time.perf_counter()
         scores = self._score(rows, ids[:, -completion_mask.shape[1] :], completion_mask, finished, self._train_metrics)
         scored = time.perf_counter()
-        policy, reference = self._token_scores(ids, mask, completion_mask.shape[1])
+        # A rollout is counted when it is complete.
+        policy, reference = self.passes.collect(ids, mask, completion_mask.shape[1], self.ppo_state.rollouts + 1)
         self.model.train()
 
         # An excluded completion keeps its row, so that every rank does the same number of passes, but no token.
@@ -191,28 +193,6 @@ class PPOTrainer(_BaseTrainer):
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         return ids, torch.cat([prompt_mask, completion_mask], dim=1), completion_mask, finished
 
-    def _token_scores(self, ids: Tensor, mask: Tensor, num_tokens: int) -> tuple[CompletionScores, CompletionScores]:
-        """What policy, critic and reference say about the sampled tokens, in micro-batches."""
-        policy, reference = [], []
-        size = self.args.per_device_train_batch_size
-        for rows in torch.arange(len(ids)).split(size):
-            batch = {
-                "input_ids": ids[rows],
-                "attention_mask": mask[rows],
-                "num_completion_tokens": num_tokens,
-                "temperature": self.args.temperature,
-            }
-            # The forward pass of the update is repeated here, dtype and all: log-probabilities kept from generation
-            # differ from it by the cache's rounding, and the first ratio would not be 1.
-            with self.compute_loss_context_manager():
-                policy.append(self.model_wrapped(**batch))
-                if self.reference is not None:
-                    reference.append(self.reference(**batch, with_values=False))
-                else:
-                    with self.accelerator.unwrap_model(self.model_wrapped).reference():
-                        reference.append(self.model_wrapped(**batch, with_values=False))
-        return concatenate_scores(policy), concatenate_scores(reference)
-
     def _score(
         self, rows: list[dict], completion_ids: Tensor, mask: Tensor, finished: Tensor, metrics: MetricAverages
     ) -> Tensor:
@@ -251,7 +231,8 @@ class PPOTrainer(_BaseTrainer):
         state.position += 1
         if state.position == args.updates_per_rollout * args.gradient_accumulation_steps:
             state.position = 0
-        return self._rollout.rows(order.split(args.per_device_train_batch_size)[micro])
+        rows = order[self.passes.micro_batches(self._rollout.attention_mask[order])[micro]]
+        return self._rollout.rows(rows).without_padding()
 
     def _row_order(self, epoch: int) -> Tensor:
         """Rows of this process in the order in which one PPO epoch visits them."""
@@ -270,16 +251,8 @@ class PPOTrainer(_BaseTrainer):
     ) -> Tensor:
         """Clipped policy loss plus weighted value loss of one micro-batch, normalised by the mini-batch's tokens."""
         args, mask = self.args, inputs.completion_mask
-        warming_up = self.ppo_state.rollouts <= args.critic_warmup_rollouts
-        scores = model(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            num_completion_tokens=mask.shape[1],
-            temperature=args.temperature,
-            with_entropy=True,
-            entropy_gradient=args.entropy_coef != 0,
-            detach_trunk=warming_up,
-        )
+        rollout = self.ppo_state.rollouts
+        scores = self.passes.for_update(inputs.input_ids, inputs.attention_mask, mask.shape[1], rollout)
         policy = clipped_policy_loss(
             scores.logprobs,
             inputs.old_logprobs,
@@ -294,7 +267,7 @@ class PPOTrainer(_BaseTrainer):
         else:
             value = quantile_value_loss(scores.value_quantiles, inputs.returns, args.critic_huber_kappa, mask=mask)
         # Weight 0 rather than no term: DDP expects a gradient, if only zero, from every parameter.
-        policy_weight = 0.0 if warming_up else 1.0
+        policy_weight = 0.0 if rollout <= args.critic_warmup_rollouts else 1.0
         per_token = policy_weight * policy.loss + args.vf_coef * value.loss
         if args.entropy_coef:
             per_token = per_token - policy_weight * args.entropy_coef * scores.entropy
@@ -311,7 +284,7 @@ class PPOTrainer(_BaseTrainer):
         ids, mask, completion_mask, finished = self._sample(inputs)
         num_tokens = completion_mask.shape[1]
         scores = self._score(inputs, ids[:, -num_tokens:], completion_mask, finished, self._eval_metrics)
-        policy, reference = self._token_scores(ids, mask, num_tokens)
+        policy, reference = self.passes.without_graph(ids, mask, num_tokens)
         kl = masked_sum(policy.logprobs - reference.logprobs, completion_mask, dim=1)
         rows = torch.stack([scores, kl, completion_mask.sum(1).float(), finished.float()], dim=1)
         # Short last batches are filled up with copies of earlier rows, which this gather removes.

@@ -172,11 +172,11 @@ def test_a_completion_does_not_depend_on_its_neighbours(tmp_path):
     rollout = collect(trainer, 8)
     num_tokens = rollout.completion_mask.shape[1]
     trainer.model.eval()
-    together, _ = trainer._token_scores(rollout.input_ids, rollout.attention_mask, num_tokens)
+    together, _ = trainer.passes.without_graph(rollout.input_ids, rollout.attention_mask, num_tokens)
     for row in range(8):
         keep = rollout.attention_mask[row].clone()
         start = int(keep.float().argmax())  # less padding on the left
-        alone, _ = trainer._token_scores(
+        alone, _ = trainer.passes.without_graph(
             rollout.input_ids[row : row + 1, start:], rollout.attention_mask[row : row + 1, start:], num_tokens
         )
         mask = rollout.completion_mask[row]
