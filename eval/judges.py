@@ -27,6 +27,7 @@ from eval.records import Row, complete_rows, fingerprint, source_identity
 from reward.distribution import RewardDistribution
 from reward.source_specs import SourceSpecError, read_source_spec
 from reward.sources import predicts_quantiles
+from rlhf.reward_calls import read_rewards
 from rlhf.reward_function import RiskReward
 
 Reads = Literal["prompt+completion", "completion"]
@@ -244,10 +245,7 @@ class FunctionJudge(Judge):
             # A thread of its own, because notebooks already run an event loop in this one.
             with ThreadPoolExecutor(1) as thread:
                 result = thread.submit(asyncio.run, _settle(result)).result()
-        scores = np.array([math.nan if score is None else float(score) for score in result])
-        if len(scores) != len(texts):
-            raise ValueError(f"{self.spec} returned {len(scores)} scores for {len(texts)} completions")
-        return Judgement(scores)
+        return Judgement(read_rewards(self.spec, result, len(texts))[0].numpy())
 
     def identity(self) -> Any:
         return [self.spec, source_identity(getattr(inspect.getmodule(self.function), "__file__", None))]

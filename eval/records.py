@@ -16,6 +16,10 @@ Key = tuple[str, int]
 """(prompt_id, sample): what identifies a completion within one policy."""
 
 
+class WorkError(RuntimeError):
+    """The work on some rows failed; the message says how many are done and where they are."""
+
+
 def row_key(row: Row) -> Key:
     return row["prompt_id"], row["sample"]
 
@@ -108,6 +112,7 @@ def complete_rows(
 
     Raises:
         ValueError: Two jobs have the same prompt_id and sample.
+        WorkError: `work` failed on some process. All of them stop, and the rows that are done stay on disk.
     """
     keys = [row_key(job) for job in jobs]
     if len(set(keys)) < len(keys):
@@ -121,7 +126,8 @@ def complete_rows(
     missing = sorted((job for job in jobs if row_key(job) not in found), key=cost, reverse=True)
     mine = missing[state.process_index :: state.num_processes]
     part = None if path is None else _part(path, f"rank{state.process_index}")
-    rows = _work_off(mine, work, part, fingerprint, batch_size, description, state)
+    rows, failure = _work_off(mine, work, part, fingerprint, batch_size, description, state)
+    _stop_together(failure, description, len(rows), len(jobs) - len(missing), len(jobs), path, state)
     if path is None:
         rows = gather_object(rows) if state.num_processes > 1 else rows
         found = {row_key(row): row for row in rows}
@@ -143,9 +149,9 @@ def _work_off(
     batch_size: int,
     description: str,
     state: PartialState,
-) -> list[Row]:
-    """This process's rows; each batch reaches the disk as soon as it is done."""
-    rows = []
+) -> tuple[list[Row], Exception | None]:
+    """This process's rows, and what ended the work early; each batch reaches the disk as soon as it is done."""
+    rows, failure = [], None
     handle = None if part is None else part.open("w", encoding="utf-8")
     try:
         with tqdm(total=len(jobs), desc=description, unit="row", disable=not state.is_main_process) as bar:
@@ -159,10 +165,27 @@ def _work_off(
                     handle.flush()
                 rows += results
                 bar.update(len(batch))
+    except Exception as error:
+        failure = error
     finally:
         if handle is not None:
             handle.close()
-    return rows
+    return rows, failure
+
+
+def _stop_together(
+    failure: Exception | None, description: str, done: int, earlier: int, total: int, path: Path | None, state: Any
+) -> None:
+    """End all processes if the work of one has failed; the others would wait for its rows."""
+    own = [(state.process_index, None if failure is None else f"{type(failure).__name__}: {failure}", done)]
+    ranks = gather_object(own) if state.num_processes > 1 else own
+    failed = [(rank, error) for rank, error, _ in ranks if error is not None]
+    if not failed:
+        return
+    places = "; ".join(error if state.num_processes == 1 else f"{error} on rank {rank}" for rank, error in failed)
+    kept = earlier + sum(count for _, _, count in ranks)
+    advice = f"{kept} of {total} rows are done and kept beside {path}; the same command continues there."
+    raise WorkError(f"{description} failed ({places}). {advice if path is not None else ''}".rstrip()) from failure
 
 
 def _found_rows(path: Path | None, fingerprint: str, state: PartialState) -> tuple[dict[Key, Row], dict[Key, Row]]:

@@ -67,6 +67,17 @@ class PPOConfig(_BaseConfig):
     nonfinite_rewards: str = _setting(
         "exclude", "A NaN or infinite reward: 'exclude' the completion and count it, or 'raise'."
     )
+    reward_timeout: float | None = _setting(
+        None, "Seconds that one call of a reward function may take; unset: no limit. RiskReward knows none."
+    )
+    reward_retries: int = _setting(
+        0, "Repetitions of a call that raised, took too long or answered no numbers, after 1, 2, 4, ... seconds."
+    )
+    failed_rewards: str = _setting(
+        "raise",
+        "A reward function that failed for good: 'raise' on all ranks after a checkpoint, or 'exclude' the "
+        "completions of the rank where it did.",
+    )
     tail_threshold: float | None = _setting(
         None,
         "Scores at or below this are the tail in the logs. Unset: frozen at the 5 % quantile of the first rollout.",
@@ -93,6 +104,11 @@ class PPOConfig(_BaseConfig):
     entropy_coef: float = _setting(0.0, "Weight of the entropy bonus.")
     length_aware_micro_batches: bool = _setting(
         True, "Put completions of similar length into one micro-batch and cut its padding; the gradient is the same."
+    )
+    max_skipped_updates: int | None = _setting(
+        None,
+        "Stop with a diagnosis after more than so many updates in a row without a finite loss and gradient; each is "
+        "skipped. 0: at the first. Unset: the updates of one rollout, at least 3.",
     )
 
     # Critic
@@ -143,6 +159,17 @@ class PPOConfig(_BaseConfig):
     def _check_ranges(self) -> None:
         for name in ("num_generations", "max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(
+            self.failed_rewards == "raise" or self.nonfinite_rewards == "exclude",
+            "nonfinite_rewards",
+            "'exclude' when failed_rewards is, because a failed function leaves NaN",
+            self.nonfinite_rewards,
+        )
+        for name in ("reward_retries", "max_skipped_updates"):
+            _require((getattr(self, name) or 0) >= 0, name, "0 or more", getattr(self, name))
+        _require(
+            self.reward_timeout is None or self.reward_timeout > 0, "reward_timeout", "above 0", self.reward_timeout
+        )
         _require(self.temperature > 0, "temperature", "above 0 (greedy: generation_kwargs)", self.temperature)
         _require(0 < self.gamma <= 1, "gamma", "in (0, 1]", self.gamma)
         _require(0 <= self.gae_lambda <= 1, "gae_lambda", "in [0, 1]", self.gae_lambda)
@@ -164,6 +191,7 @@ class PPOConfig(_BaseConfig):
             ("critic_head", ("scalar", "quantile")),
             ("missing_eos_mode", ("subtract", "replace")),
             ("nonfinite_rewards", ("exclude", "raise")),
+            ("failed_rewards", ("exclude", "raise")),
             ("overlong_prompts", ("error", "drop")),
         ):
             _require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}", getattr(self, name))
@@ -190,6 +218,11 @@ class PPOConfig(_BaseConfig):
     def updates_per_rollout(self) -> int:
         """Optimiser steps per rollout."""
         return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def skipped_updates_allowed(self) -> int:
+        """Skipped updates in a row that do not end the run. One broken rollout spoils every update that uses it."""
+        return max(3, self.updates_per_rollout) if self.max_skipped_updates is None else self.max_skipped_updates
 
 
 def _require(holds: bool, name: str, wanted: str, got: object) -> None:

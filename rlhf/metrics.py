@@ -23,9 +23,10 @@ class MetricAverages:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """Add one mean with its weight (tokens, rows or 1)."""
+        """Add one mean with its weight (tokens, rows or 1). One that is not finite is left out."""
         value, weight = float(value), float(weight)
-        if weight == 0:
+        # A NaN would take the other updates of the period with it, and JSON readers refuse it.
+        if weight == 0 or not math.isfinite(value):
             return
         total = self._sums[name]
         total[0] += value * weight

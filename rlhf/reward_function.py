@@ -60,6 +60,9 @@ class RiskReward:
             model that predicts none.
     """
 
+    # One rank cannot repeat a call or give it up: all look at the population together.
+    every_rank_together = True
+
     def __init__(
         self,
         model: str | PreTrainedModel | DistributionSource,

@@ -29,6 +29,7 @@ class Rollout:
     values: Tensor  # (B, T) before each token
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T)
+    scores: Tensor  # (B,) NaN for a completion that is left out
 
     def rows(self, index: Tensor) -> "Rollout":
         """The rollout of some rows."""

@@ -1,11 +1,8 @@
 """Reward functions of any kind, called and turned into one finite score per completion."""
 
-import asyncio
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.config import PPOConfig
 from rlhf.losses import apply_missing_eos
 from rlhf.metrics import MetricAverages
+from rlhf.reward_calls import RewardCall, RewardError, call_functions, failures_of_all_ranks
 from rlhf.reward_function import RiskReward
 
 RewardFunction = Callable[..., list[float | None]]
@@ -28,6 +26,10 @@ class RewardFunctions:
             async; one-label classifiers or their paths are wrapped as scalar rewards.
         weights: one per function; None: all 1.
         tokenizers: one per function or None, for those given as models.
+        trust_remote_code: allow models that ship their own Python code.
+        timeout: seconds that one call may take; None: no limit.
+        retries: repetitions of a call that failed, after pauses that double.
+        failed: 'raise' on every rank when a function has failed for good on one, or 'exclude' its completions.
 
     Raises:
         ValueError: counts of weights or tokenizers that do not match.
@@ -39,7 +41,12 @@ class RewardFunctions:
         weights: Sequence[float] | None = None,
         tokenizers: Any = None,
         trust_remote_code: bool = False,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        failed: str = "raise",
     ):
+        self.timeout, self.retries, self.failed = timeout, retries, failed
         functions = functions if isinstance(functions, list | tuple) else [functions]
         tokenizers = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers] * len(functions)
         weights = list(weights) if weights is not None else [1.0] * len(functions)
@@ -84,50 +91,48 @@ class RewardFunctions:
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]], columns: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted sum of all functions and the score of each.
+        """Weighted sum of all functions and the score of each. Every rank must call it.
 
         A function that answers None for a completion is left out of that completion's sum; where all do, the sum is
-        NaN. A NaN or infinite score of any function stays in the sum, for the caller to exclude or to refuse.
+        NaN. A NaN or infinite score of any function stays in the sum, for the caller to exclude or to refuse. So does
+        the NaN that stands for a function that failed.
 
         Returns:
             (N,) scores, and per function name (N,) its own scores.
 
         Raises:
-            ValueError: a function returns another number of rewards than there are completions.
+            RewardError: a function failed on some rank, and `failed` is "raise".
         """
-        outputs = []
-        for function, name in zip(self.functions, self.names, strict=True):
-            result = function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            outputs.append((name, result))
-        if any(inspect.isawaitable(result) for _, result in outputs):
-            # A thread of its own, because notebooks already run an event loop in this one.
-            with ThreadPoolExecutor(1) as thread:
-                outputs = thread.submit(asyncio.run, _await_all(outputs)).result()
-        scored = [_as_scores(name, result, len(prompts)) for name, result in outputs]
-        table, applies = (torch.stack(parts) for parts in zip(*scored, strict=True))
+        arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        calls = [
+            RewardCall(function, name, arguments, len(prompts), self.retries)
+            for function, name in zip(self.functions, self.names, strict=True)
+        ]
+        # All of them, even after a failure: other ranks may be waiting for this one in the next.
+        call_functions(calls, self.timeout)
+        self._settle_failures(calls, columns.get("log_metric"))
+        table, applies = torch.stack([c.scores.double() for c in calls]), torch.stack([c.applies for c in calls])
         weighted = torch.where(applies, self.weights.unsqueeze(1) * table, 0.0).sum(0)
         # A sum over no function would be 0, a reward that nobody gave.
         weighted = torch.where(applies.any(0), weighted, math.nan)
         return weighted.float(), dict(zip(self.names, table.float(), strict=True))
 
-
-async def _await_all(outputs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    async def settle(name: str, result: Any) -> tuple[str, Any]:
-        return name, await result if inspect.isawaitable(result) else result
-
-    return await asyncio.gather(*(settle(name, result) for name, result in outputs))
-
-
-def _as_scores(name: str, result: Sequence[float | None], expected: int) -> tuple[Tensor, Tensor]:
-    if len(result) != expected:
-        raise ValueError(
-            f"Reward function '{name}' returned {len(result)} rewards for {expected} completions; "
-            "it must return one per completion, None where it does not apply."
-        )
-    applies = torch.tensor([reward is not None for reward in result], dtype=torch.bool)
-    # None says "does not apply"; a NaN is a failure and must stay visible in the sum.
-    scores = [math.nan if reward is None else float(reward) for reward in result]
-    return torch.tensor(scores, dtype=torch.float64), applies
+    def _settle_failures(self, calls: list[RewardCall], log_metric: Callable[..., None] | None) -> None:
+        """Raise on every rank, or say what is left out."""
+        own = [call.failure for call in calls if call.failure is not None]
+        if log_metric is not None:
+            log_metric("reward/failed_share", len(own) / len(calls), len(calls))
+            if self.retries:
+                log_metric("reward/attempts", sum(c.attempts for c in calls) / len(calls), len(calls))
+        everywhere = failures_of_all_ranks(own)
+        if everywhere and self.failed == "raise":
+            cause = next((call.error for call in calls if call.error is not None), None)
+            raise RewardError(
+                f"{'; '.join(everywhere)}. For a service that falters set reward_timeout and reward_retries; "
+                "failed_rewards='exclude' leaves such completions out."
+            ) from cause
+        for failure in own:
+            warnings.warn(f"{failure}; its completions are left out of the update.", stacklevel=3)
 
 
 def shape_scores(
@@ -146,15 +151,18 @@ def shape_scores(
         (B,) scores; NaN where the reward failed and the completion is to be left out.
 
     Raises:
-        ValueError: a reward is NaN or infinite and `nonfinite_rewards` is "raise".
+        RewardError: a reward of some rank is NaN or infinite and `nonfinite_rewards` is "raise".
     """
     failed = ~scores.isfinite()
     metrics.add("reward/nonfinite_share", failed.float().mean(), len(scores))
+    message = None
     if failed.any():
         first = prompts[int(failed.nonzero()[0])]
         message = f"{int(failed.sum())} of {len(scores)} rewards are NaN or infinite, the first for prompt {first!r}"
-        if args.nonfinite_rewards == "raise":
-            raise ValueError(f"{message}. Set nonfinite_rewards='exclude' to leave such completions out.")
+    # Ranks without such a reward stop too, instead of waiting for this one in the next reduction.
+    if args.nonfinite_rewards == "raise" and (everywhere := failures_of_all_ranks([message] if message else [])):
+        raise RewardError(f"{'; '.join(everywhere)}. Set nonfinite_rewards='exclude' to leave such completions out.")
+    if message is not None:
         warnings.warn(f"{message}; these completions are left out of the update.", stacklevel=2)
         scores = scores.masked_fill(failed, math.nan)
     if args.missing_eos_penalty is not None:

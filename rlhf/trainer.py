@@ -25,8 +25,10 @@ from rlhf.critic import ActorCritic
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
+from rlhf.nonfinite import FiniteUpdates, UpdateGuard
 from rlhf.passes import ForwardPasses
 from rlhf.preflight import check_batches, check_datasets, check_launch, check_output_dir
+from rlhf.rescue import state_rescued
 from rlhf.rollout import (
     Rollout,
     RolloutSampler,
@@ -37,9 +39,10 @@ from rlhf.rollout import (
     write_completions,
 )
 from rlhf.scoring import RewardFunctions, shape_scores
+from rlhf.trackers import guard_trackers
 
 
-class PPOTrainer(_BaseTrainer):
+class PPOTrainer(FiniteUpdates, _BaseTrainer):
     """Proximal policy optimisation of a language model against reward functions.
 
     One rollout: prompts -> sampled completions -> score of each -> token rewards (score on the last token, KL penalty
@@ -102,7 +105,13 @@ class PPOTrainer(_BaseTrainer):
         policy.generation_config.pad_token_id = tokenizer.pad_token_id
         self.stop_token_ids = models.stop_token_ids(policy, tokenizer, args.stop_tokens)
         self.reward_functions = RewardFunctions(
-            reward_funcs, args.reward_weights, reward_processing_classes, args.trust_remote_code
+            reward_funcs,
+            args.reward_weights,
+            reward_processing_classes,
+            args.trust_remote_code,
+            timeout=args.reward_timeout,
+            retries=args.reward_retries,
+            failed=args.failed_rewards,
         )
         actor_critic, reference = models.build_actor_critic(policy, model, args, peft_config)
 
@@ -118,6 +127,8 @@ class PPOTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process are not supported; start with `accelerate launch`.")
+        guard_trackers(self.callback_handler.callbacks)
+        self.update_guard = UpdateGuard(args, self.accelerator, tokenizer)
         self.passes = ForwardPasses(self, self._prepare_frozen(reference))
         self.reward_functions.prepare(self.accelerator)
         self.generation_config = models.generation_config(args, tokenizer, self.stop_token_ids)
@@ -173,6 +184,7 @@ class PPOTrainer(_BaseTrainer):
             values=policy.values,
             advantages=advantages,
             returns=returns,
+            scores=scores,
         )
 
     def _sample(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,14 +232,17 @@ class PPOTrainer(_BaseTrainer):
         """Trainer's hook before each micro-batch: collect when the last rollout is used up, then cut a slice."""
         args, state = self.args, self.ppo_state
         if state.position == 0:
-            self._rollout = self._collect(inputs)
+            with state_rescued(self):
+                self._rollout = self._collect(inputs)
             state.rollouts += 1
         step, micro = divmod(state.position, args.gradient_accumulation_steps)
         epoch, mini_batch = divmod(step, args.num_mini_batches)
         size = args.gradient_accumulation_steps * args.per_device_train_batch_size
         order = self._row_order(epoch)[mini_batch * size : (mini_batch + 1) * size]
         if micro == 0:
-            self._global_tokens = token_count(self._rollout.completion_mask[order], all_sum=self._all_sum).clamp(min=1)
+            tokens = token_count(self._rollout.completion_mask[order], all_sum=self._all_sum)
+            self.update_guard.begin(tokens)
+            self._global_tokens = tokens.clamp(min=1)
         state.position += 1
         if state.position == args.updates_per_rollout * args.gradient_accumulation_steps:
             state.position = 0
@@ -272,9 +287,10 @@ class PPOTrainer(_BaseTrainer):
         if args.entropy_coef:
             per_token = per_token - policy_weight * args.entropy_coef * scores.entropy
         add_update_metrics(self._train_metrics, policy, value, scores.values, scores.entropy, mask)
-        return global_token_mean(
+        loss = global_token_mean(
             per_token, mask, global_count=self._global_tokens, world_size=self.accelerator.num_processes
         )
+        return self.update_guard.watch(inputs, scores.logprobs, scores.values, loss)
 
     # ---- Evaluation -------------------------------------------------------------------------------------------
 
@@ -294,7 +310,8 @@ class PPOTrainer(_BaseTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Scores of held-out prompts: centre, tail, KL to the reference."""
         self._eval_scores = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with state_rescued(self):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         scores, kl, lengths, finished = torch.cat(self._eval_scores).unbind(1)
         summary = score_summary(scores, self.ppo_state.tail_threshold)
         summary |= {

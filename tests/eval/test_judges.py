@@ -1,6 +1,8 @@
 """Judges against one text at a time, and what happens when they fail."""
 
 import math
+import os
+import signal
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -11,7 +13,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
 from eval.judges import Judgement, JudgeSpecError, judge_completions, judgement_from_rows, parse_judge
-from eval.records import fingerprint, read_jsonl
+from eval.records import WorkError, fingerprint, read_jsonl
 from reward.distribution import RewardDistribution
 from reward.modeling import QRMForSequenceClassification
 
@@ -229,8 +231,60 @@ def test_scores_are_reused_until_judge_or_completions_change(tmp_path, functions
 
 
 def test_a_function_that_loses_completions_is_refused(functions):
-    with pytest.raises(ValueError, match="returned 1 scores for 4 completions"):
+    with pytest.raises(WorkError, match="python:my_judges:short returned 1 numbers for 4 completions"):
         judge_completions(parse_judge("python:my_judges:short"), ROWS)
+
+
+def test_a_judge_that_fails_costs_the_batch_in_hand(functions, tmp_path):
+    path, seen = tmp_path / "scores.jsonl", []
+
+    def faltering(texts):
+        if len(seen) == 2:
+            raise ConnectionError("quota")
+        seen.extend(texts)
+        return [float(len(text)) for text in texts]
+
+    sys.modules["my_judges"].faltering = faltering
+    judge = parse_judge("python:my_judges:faltering")
+    message = r"judge policy failed \(ConnectionError: quota\)\. 2 of 4 rows are done and kept beside .*scores.jsonl"
+    with pytest.raises(WorkError, match=message) as raised:
+        judge_completions(judge, ROWS, path=path, batch_size=2)
+    assert isinstance(raised.value.__cause__, ConnectionError)
+    assert not path.exists()
+    seen.append("mended")
+    assert judge_completions(judge, ROWS, path=path, batch_size=2).scores.tolist() == [
+        len(row["prompt"] + row["completion"]) for row in ROWS
+    ]
+    assert len(seen) == 5
+
+
+def test_a_judge_whose_process_dies_costs_the_batch_in_hand(functions, tmp_path):
+    path, seen = tmp_path / "scores.jsonl", tmp_path / "seen"
+
+    def dying(texts):
+        if len(texts) == 1 and not (tmp_path / "mended").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        with seen.open("a") as handle:
+            handle.write("x" * len(texts))
+        return [float(len(text)) for text in texts]
+
+    sys.modules["my_judges"].dying = dying
+    judge = parse_judge("python:my_judges:dying")
+    child = os.fork()
+    if child == 0:
+        judge_completions(judge, ROWS, path=path, batch_size=3)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert seen.read_text() == "xxx"
+    (tmp_path / "mended").touch()
+    assert judge_completions(judge, ROWS, path=path, batch_size=3).failures == 0
+    assert seen.read_text() == "xxxx"
+
+
+def test_text_is_no_score(functions):
+    sys.modules["my_judges"].talkative = lambda texts: ["7"] * len(texts)
+    with pytest.raises(WorkError, match="talkative returned str '7' for completion 0"):
+        judge_completions(parse_judge("python:my_judges:talkative"), ROWS)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Prompts, sampling and the order in which prompts are visited."""
 
+import math
+
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
@@ -118,7 +120,11 @@ def test_rollout_rows_and_state():
         for name in ("input_ids", "attention_mask", "completion_mask", "old_logprobs", "ref_logprobs", "values")
     }
     rollout = Rollout(
-        finished=torch.tensor([True, False, True]), advantages=columns["values"], returns=columns["values"], **columns
+        finished=torch.tensor([True, False, True]),
+        advantages=columns["values"],
+        returns=columns["values"],
+        scores=torch.tensor([0.5, 1.5, math.nan]),
+        **columns,
     )
     part = rollout.rows(torch.tensor([2, 0]))
     assert part.values.tolist() == [[4, 5], [0, 1]]

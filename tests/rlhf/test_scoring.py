@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_config
 
 from rlhf.metrics import MetricAverages
+from rlhf.reward_calls import RewardError
 from rlhf.scoring import RewardFunctions, shape_scores
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["a", "bb", "ccc"]
@@ -85,7 +86,7 @@ def test_function_with_the_wrong_number_of_rewards_is_named():
     def short(prompts, completions, **columns):
         return [1.0]
 
-    with pytest.raises(ValueError, match="'short' returned 1 rewards for 3 completions"):
+    with pytest.raises(RewardError, match=r"'short' failed .* short returned 1 numbers for 3 completions"):
         call([short])
 
 
@@ -125,5 +126,5 @@ def test_clip_above_the_tail_warns_of_nothing(tmp_path):
 
 
 def test_nonfinite_rewards_name_their_prompt(tmp_path):
-    with pytest.raises(ValueError, match="1 of 3 rewards are NaN or infinite, the first for prompt 'q'"):
+    with pytest.raises(RewardError, match="1 of 3 rewards are NaN or infinite, the first for prompt 'q'"):
         shaped(tmp_path, [0.0, -math.inf, 1.0], [True] * 3, nonfinite_rewards="raise")

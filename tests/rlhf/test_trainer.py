@@ -9,6 +9,7 @@ from peft import LoraConfig
 from tiny import PROMPTS, count_good, logged, tiny_config, tiny_llama, tiny_prompts, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from rlhf.reward_calls import RewardError
 from rlhf.rollout import Rollout
 from rlhf.trainer import PPOTrainer
 
@@ -334,14 +335,17 @@ def test_nonfinite_rewards_are_counted_and_left_out(tmp_path):
     assert loss.isfinite()
 
     strict = tiny_trainer(tmp_path / "strict", reward=broken, nonfinite_rewards="raise")
-    with pytest.raises(ValueError, match="nonfinite_rewards='exclude'"):
+    with pytest.raises(RewardError, match="nonfinite_rewards='exclude'"):
         collect(strict, 8)
 
 
 def test_whole_rollout_without_a_reward_changes_no_weight(tmp_path):
     trainer = tiny_trainer(tmp_path, reward=lambda prompts, completions, **c: [None] * len(prompts), max_steps=2)
     before = weights(trainer)
-    with pytest.warns(UserWarning, match="8 of 8 rewards"):
+    with (
+        pytest.warns(UserWarning, match="8 of 8 rewards"),
+        pytest.warns(UserWarning, match="is skipped on all ranks; first not finite: rewards"),
+    ):
         trainer.train()
     assert_same(before, weights(trainer), atol=0)
 
@@ -436,7 +440,7 @@ def test_bad_input_is_refused_before_training(tmp_path, changes, message):
 
 def test_wrong_number_of_rewards_is_named(tmp_path):
     trainer = tiny_trainer(tmp_path, reward=lambda prompts, completions, **columns: [0.0])
-    with pytest.raises(ValueError, match="returned 1 rewards for 8 completions"):
+    with pytest.raises(RewardError, match="returned 1 numbers for 8 completions"):
         trainer.train()
 
 
