@@ -40,11 +40,10 @@ class Rollout:
         num_tokens, width = self.completion_mask.shape[1], self.input_ids.shape[1]
         first, longest = bounds(self.attention_mask, num_tokens)
         text, completion = slice(first, width - num_tokens + longest), slice(longest)
-        cut = {
-            field.name: getattr(self, field.name)[:, completion] for field in fields(self) if field.name != "finished"
-        }
+        by_row = {"finished": self.finished, "scores": self.scores}
+        cut = {f.name: getattr(self, f.name)[:, completion] for f in fields(self) if f.name not in by_row}
         cut |= {name: getattr(self, name)[:, text] for name in ("input_ids", "attention_mask")}
-        return Rollout(finished=self.finished, **cut)
+        return Rollout(**by_row, **cut)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name, for a checkpoint taken while the rollout is in use."""
