@@ -20,11 +20,12 @@ from typing import Any, Literal, final
 import numpy as np
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import apply_chat_template, is_conversational
 
 from eval.records import Row, complete_rows, fingerprint, source_identity
 from reward.distribution import RewardDistribution
+from reward.loading import load_config, load_model, load_tokenizer
 from reward.source_specs import SourceSpecError, read_source_spec
 from reward.sources import predicts_quantiles
 from rlhf.reward_calls import read_rewards
@@ -146,18 +147,18 @@ class ClassifierJudge(Judge):
         self.path, self.batch_size, self.max_length = path, batch_size, max_length
         self.spec = f"classifier:{path}" + (f":{label}" if label else "")
         _check_model(path, self.spec)
-        self.config = AutoConfig.from_pretrained(path)
+        self.config = load_config(path)
         if self.config.model_type == "qrm":
             raise JudgeSpecError(f"{path} is a quantile reward model; write qrm:{path} to get its distribution")
         self.weights, self.unit = _label_weights(self.config, label, self.spec)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path)
         self.tokenizer.truncation_side, self.tokenizer.padding_side = "left", "right"
         if self.tokenizer.pad_token is None:
             raise JudgeSpecError(f"the tokenizer of {path} has no pad token, so texts cannot be batched; set one")
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype="auto").eval()
+        model = load_model(AutoModelForSequenceClassification, self.path, dtype="auto").eval()
         return model.to(PartialState().device)
 
     @torch.no_grad()
@@ -404,7 +405,7 @@ def _label_weights(config: Any, label: str | None, spec: str) -> tuple[list[floa
 
 def _check_quantile_model(path: str, spec: str) -> None:
     _check_model(path, spec)
-    if not predicts_quantiles(AutoConfig.from_pretrained(path)):
+    if not predicts_quantiles(load_config(path)):
         raise JudgeSpecError(f"{path} predicts no distribution; write classifier:{path} to use its score")
 
 

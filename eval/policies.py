@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from reward.loading import clear_errors, load_adapter, load_model, load_tokenizer
 
 
 @dataclass
@@ -74,7 +76,7 @@ def load_policy(
         model, source, trunk = policy, policy.config.name_or_path or type(policy).__name__, None
     places = [str(place) for place in (source, trunk, base) if isinstance(place, str | Path)]
     if isinstance(base, str | Path):
-        base = model if same_source(base, trunk) else AutoModelForCausalLM.from_pretrained(str(base), **options)
+        base = model if same_source(base, trunk) else load_model(AutoModelForCausalLM, base, **options)
     elif base is None and isinstance(model, PeftModel):
         base = model
     tokenizer = tokenizer or _load_tokenizer(places, trust_remote_code)
@@ -91,8 +93,11 @@ def load_policy(
 
 def adapter_config(source: str | Path) -> PeftConfig | None:
     """The config of a PEFT adapter, or None where the path or id holds something else."""
-    if Path(source).is_dir() and not (Path(source) / "adapter_config.json").exists():
-        return None
+    if Path(source).is_dir():
+        if not (Path(source) / "adapter_config.json").exists():
+            return None
+        with clear_errors(f"the adapter {source}"):
+            return PeftConfig.from_pretrained(str(source))
     try:
         return PeftConfig.from_pretrained(str(source))
     except ValueError:
@@ -128,23 +133,23 @@ def _load_model(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel |
     check_source(source)
     adapter = adapter_config(source)
     if adapter is None:
-        return AutoModelForCausalLM.from_pretrained(source, **options), source
+        return load_model(AutoModelForCausalLM, source, **options), source
     trunk = str(adapter.base_model_name_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(trunk, **options)
+        model = load_model(AutoModelForCausalLM, trunk, **options)
     except OSError as error:
         # Any other model would load as well, and the adapter would do something else on it.
         raise ValueError(
             f"the adapter {source} sits on {trunk}, which cannot be loaded ({error}); put that model there, or "
             "correct base_model_name_or_path in its adapter_config.json"
         ) from error
-    return PeftModel.from_pretrained(model, source), trunk
+    return load_adapter(model, source), trunk
 
 
 def _load_tokenizer(places: list[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:
     for place in places:
         try:
-            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            return load_tokenizer(place, trust_remote_code=trust_remote_code)
         except (OSError, ValueError):
             continue
     raise ValueError(

@@ -11,27 +11,22 @@ another model than the one that selected them, beside any policies:
 Prints what the reward model thinks of its own choice, which is no measurement.
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from trl import TrlParser
 
 from eval.completions import candidates, models_of, read_completions, read_pairs, selected_rows
 from eval.laws import predicted_laws
 from eval.records import Row, write_jsonl
 from eval.selection import MAX_ROUNDS, SCOPES, Selection, best_of_n_kl, select_best
 from reward.distribution import RewardDistribution
+from rlhf.command_line import run
 from rlhf.influence import check_population_scope, population_law
 from rlhf.preflight import check_launch
 from rlhf.reward_function import RiskReward
 from rlhf.risk import RiskMeasure, parse_risk
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the text above as it is written."""
 
 
 @dataclass
@@ -151,6 +146,7 @@ def selection_table(
     return "\n".join(lines)
 
 
+GROUPS = (SelectionArguments,)
+
 if __name__ == "__main__":
-    parser = TrlParser((SelectionArguments,), description=__doc__, formatter_class=HelpFormatter)
-    main(*parser.parse_args_and_config())
+    run(main, GROUPS, __doc__)

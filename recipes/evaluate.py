@@ -17,7 +17,6 @@ import json
 import math
 import re
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from trl import TrlParser
 
 from eval.completions import check_judge, read_completions
 from eval.generation import Decoding, as_prompt_dataset, generate_completions
@@ -39,11 +37,8 @@ from eval.records import read_seconds, write_text
 from eval.report import Measurement, PolicyResult, build_report, terminal_table, write_report
 from eval.tail import Threshold, absolute_threshold, frozen_threshold
 from reward.data import read_dataset
+from rlhf.command_line import run
 from rlhf.preflight import check_launch
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the text above as it is written."""
 
 
 @dataclass
@@ -398,6 +393,7 @@ def modified(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+GROUPS = (PolicyArguments, PromptArguments, JudgeArguments, OutputArguments)
+
 if __name__ == "__main__":
-    groups = (PolicyArguments, PromptArguments, JudgeArguments, OutputArguments)
-    main(*TrlParser(groups, description=__doc__, formatter_class=HelpFormatter).parse_args_and_config())
+    run(main, GROUPS, __doc__)

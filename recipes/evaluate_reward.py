@@ -16,7 +16,6 @@ and the terminal a table.
 """
 
 import json
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +24,6 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
-from trl import TrlParser
 
 from eval.intervals import check_level
 from eval.laws import predicted_laws
@@ -42,13 +39,11 @@ from eval.reward_report import (
     without_nan,
 )
 from reward.data import load_ratings, read_dataset
+from reward.loading import load_tokenizer
+from rlhf.command_line import run
 from rlhf.preflight import check_launch
 from rlhf.reward_function import RiskReward
 from rlhf.risk import RiskMeasure, parse_risk
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the text above as it is written."""
 
 
 @dataclass
@@ -245,9 +240,7 @@ def read_ratings(name: str, split: str | None, model: ModelArguments, rating: Ra
     columns = {"text_column": rating.text_column, "ratings_column": rating.ratings_column}
     rows, _ = read_dataset(name, split)
     if rating.text_column in rows.column_names and len(rows) and not isinstance(rows[0][rating.text_column], str):
-        columns["tokenizer"] = AutoTokenizer.from_pretrained(
-            model.reward_model, trust_remote_code=model.trust_remote_code
-        )
+        columns["tokenizer"] = load_tokenizer(model.reward_model, trust_remote_code=model.trust_remote_code)
     ratings = load_ratings(name, split=split, **columns)
     if "attributes" in ratings.column_names:
         raise ValueError(
@@ -354,6 +347,7 @@ def write_results(report: dict[str, Any], output: OutputArguments) -> None:
     print(f"\n{reward_table(report)}\n{notes}\n\n{paths}", flush=True)
 
 
+GROUPS = (ModelArguments, RatingArguments, PreferenceArguments, OutputArguments)
+
 if __name__ == "__main__":
-    groups = (ModelArguments, RatingArguments, PreferenceArguments, OutputArguments)
-    main(*TrlParser(groups, description=__doc__, formatter_class=HelpFormatter).parse_args_and_config())
+    run(main, GROUPS, __doc__)

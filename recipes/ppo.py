@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from reward.data import read_dataset
 from reward.source_specs import read_source_spec
 from rlhf.attributes import build_objectives
+from rlhf.command_line import run
 from rlhf.config import PPOConfig
 from rlhf.preflight import check_launch, check_output_dir
 from rlhf.reward_function import RiskReward
@@ -189,6 +190,7 @@ def main(data: DataArguments, reward: RewardArguments, args: PPOConfig, model: M
     trainer.accelerator.end_training()
 
 
+GROUPS = (DataArguments, RewardArguments, PPOConfig, ModelConfig)
+
 if __name__ == "__main__":
-    parser = TrlParser((DataArguments, RewardArguments, PPOConfig, ModelConfig), description=__doc__)
-    main(*parser.parse_args_and_config())
+    run(main, GROUPS, __doc__)

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import TrlParser
 
 from reward.data import opening_prompts, without_prompts
 from reward.embedded import build_encoder, build_policy, build_ratings, fetch_archives, whole_folder
+from rlhf.command_line import run
 
 
 @dataclass
@@ -115,6 +115,7 @@ def cut_prompts(
     return {"rl_prompts": cut["rl_prompts"], "evaluation_prompts": evaluation}
 
 
+GROUPS = (PrepareDataArguments,)
+
 if __name__ == "__main__":
-    (parsed,) = TrlParser(PrepareDataArguments, description=__doc__).parse_args_and_config()
-    main(parsed)
+    run(main, GROUPS, __doc__)

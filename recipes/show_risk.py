@@ -6,22 +6,17 @@ Prints a table of measures, ratings and weights by tenths of readers, and writes
 """
 
 import textwrap
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from trl import TrlParser
 
 from eval.risk_figures import NUM_RANKS, rank_weights, risk_figure, save, tenths
 from reward.distribution import RewardDistribution
+from rlhf.command_line import run
 from rlhf.reward_function import RiskReward
 from rlhf.risk import RiskMeasure, parse_risk
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows defaults, and the text above as it is written."""
 
 
 @dataclass
@@ -98,6 +93,7 @@ def risk_table(measures: list[RiskMeasure], law: RewardDistribution) -> str:
     return "\n".join(lines)
 
 
+GROUPS = (ShowArguments,)
+
 if __name__ == "__main__":
-    parser = TrlParser((ShowArguments,), description=__doc__, formatter_class=HelpFormatter)
-    main(*parser.parse_args_and_config())
+    run(main, GROUPS, __doc__)

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import TrlParser
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from eval.calibration import preference_accuracy
+from reward import loading
 from reward.calibration import gate_section, model_card
 from reward.data import RatingCollator
 from reward.gating import (
@@ -40,6 +40,7 @@ from reward.gating import (
 from reward.heads import attribute_gate
 from reward.modeling import QRMForSequenceClassification
 from reward.preferences import answer_marker, load_preferences, split_pairs, tokenize_preferences
+from rlhf.command_line import run
 
 
 @dataclass
@@ -166,7 +167,7 @@ def check_arguments(data: PairArguments, gate: GateArguments) -> None:
 def load_model(gate: GateArguments) -> tuple[QRMForSequenceClassification, PreTrainedTokenizerBase]:
     """The reward model with, where asked for, a gate of another shape; and its tokenizer."""
     hub = {"trust_remote_code": gate.trust_remote_code}
-    config = AutoConfig.from_pretrained(gate.model_name_or_path, **hub)
+    config = loading.load_config(gate.model_name_or_path, **hub)
     if config.model_type != "qrm":
         raise ValueError(f"{gate.model_name_or_path} is of type {config.model_type!r}; a gate belongs to a QRM.")
     names = config.attribute_names
@@ -174,7 +175,7 @@ def load_model(gate: GateArguments) -> tuple[QRMForSequenceClassification, PreTr
         raise ValueError(f"{gate.model_name_or_path} rates one attribute, {names}, so there is nothing to weigh.")
     if gate.debias_attribute is not None and gate.debias_attribute not in names:
         raise ValueError(f"debias_attribute is one of {names}, got {gate.debias_attribute!r}.")
-    model = QRMForSequenceClassification.from_pretrained(gate.model_name_or_path, dtype=gate.dtype, **hub)
+    model = loading.load_model(QRMForSequenceClassification, gate.model_name_or_path, dtype=gate.dtype, **hub)
     shape = ("gate_hidden_size", "gate_num_hidden_layers", "gate_temperature")
     wanted = {name: getattr(gate, name) for name in shape if getattr(gate, name) is not None}
     if wanted:
@@ -185,7 +186,7 @@ def load_model(gate: GateArguments) -> tuple[QRMForSequenceClassification, PreTr
         model.attribute_gate = attribute_gate(
             width, model.config.gate_hidden_size, model.config.gate_num_hidden_layers, len(names)
         )
-    tokenizer = AutoTokenizer.from_pretrained(gate.model_name_or_path, **hub)
+    tokenizer = loading.load_tokenizer(gate.model_name_or_path, **hub)
     tokenizer.padding_side = "right"
     return model.eval().requires_grad_(False), tokenizer
 
@@ -320,6 +321,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+GROUPS = (PairArguments, GateArguments)
+
 if __name__ == "__main__":
-    parser = TrlParser((PairArguments, GateArguments), description=__doc__)
-    main(*parser.parse_args_and_config())
+    run(main, GROUPS, __doc__)

@@ -23,11 +23,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from eval.calibration import preference_accuracy
+from reward import loading as opening
 from reward.calibration import attribute_report, calibration_table, model_card, preference_line
 from reward.data import RatingCollator, attribute_names, load_ratings
 from reward.features import trunk_features
@@ -46,6 +47,7 @@ from reward.training import (
     save_reward_model,
     tokenize_ratings,
 )
+from rlhf.command_line import run
 
 
 @dataclass
@@ -190,7 +192,7 @@ def check_arguments(data: DataArguments, args: QRMTrainingArguments, model_confi
 
 def load_tokenizer(model_config: ModelConfig, args: QRMTrainingArguments) -> PreTrainedTokenizerBase:
     """The trunk's tokenizer, padding on the right."""
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = opening.load_tokenizer(
         model_config.model_name_or_path,
         revision=model_config.model_revision,
         trust_remote_code=args.trust_remote_code,
@@ -279,7 +281,7 @@ def build_model(
 ) -> QRMForSequenceClassification:
     """A reward model with fresh heads on a pretrained trunk."""
     hub = {"revision": model_config.model_revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(model_config.model_name_or_path, **hub)
+    config = opening.load_config(model_config.model_name_or_path, **hub)
     if head.backbone_dropout is not None:
         for name, value in list(vars(config).items()):
             if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
@@ -402,7 +404,7 @@ def fit_heads_anew(
 ) -> QRMForSequenceClassification:
     """The model in the output folder, with heads fitted to texts that its trunk has not learnt; saved there again."""
     with whole_weights():
-        model = QRMForSequenceClassification.from_pretrained(args.output_dir).to(args.device).eval()
+        model = opening.load_model(QRMForSequenceClassification, args.output_dir).to(args.device).eval()
     features = trunk_features(
         model,
         texts["input_ids"][:],
@@ -432,6 +434,7 @@ def write_results(report: dict[str, Any], folder: Path) -> None:
     print("\n\n".join([*lines, f"{folder} is complete after {report['seconds']:.0f} s."]), flush=True)
 
 
+GROUPS = (DataArguments, HeadArguments, QRMTrainingArguments, ModelConfig)
+
 if __name__ == "__main__":
-    parser = TrlParser((DataArguments, HeadArguments, QRMTrainingArguments, ModelConfig), description=__doc__)
-    main(*parser.parse_args_and_config())
+    run(main, GROUPS, __doc__)

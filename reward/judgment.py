@@ -8,9 +8,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reward.distribution import RewardDistribution
+from reward.loading import load_tokenizer
 from reward.mixtures import DENSE_LEVELS, dense_levels, discrete_law
 from reward.reading import check_counts, open_reader
 from reward.sources import DistributionSource, model_config, model_name, predicts_quantiles
@@ -84,7 +85,7 @@ class JudgmentSource(DistributionSource):
         self.name, self.telemetry = model_name(model), {}
         _check_generative(model_config(model, **reading), self.name)
         trust, tokenizer = reading.get("trust_remote_code", False), reading.pop("tokenizer", None)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.name, trust_remote_code=trust)
+        tokenizer = tokenizer or load_tokenizer(self.name, trust_remote_code=trust)
         self.chat = tokenizer.chat_template is not None
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.template = (TEMPLATE if self.chat else TEMPLATE + PLAIN_CUE) if template is None else template

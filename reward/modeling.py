@@ -20,6 +20,7 @@ from transformers import (
 from reward.configuration import QRMConfig
 from reward.distribution import RewardDistribution
 from reward.heads import attribute_gate, ordered_quantiles, outputs_of_ordered, quantile_head, sum_attributes
+from reward.loading import load_config, load_model
 from reward.objectives import pinball_loss
 from reward.output import HUB_ARGUMENTS, QRMOutput
 from reward.released import load_released
@@ -101,7 +102,7 @@ class QRMForSequenceClassification(PreTrainedModel):
             backbone: A hub id or folder, or a model. A model with its own head (causal, classification) gives its
                 trunk, which from then on is part of the reward model: it is not copied.
             num_backbone_layers: Keep only the first layers of the trunk, for a cheaper model.
-            backbone_kwargs: Passed to `AutoModel.from_pretrained`, for example `dtype` or `revision`.
+            backbone_kwargs: Passed to `reward.loading.load_model`, for example `dtype` or `revision`.
             qrm_config_kwargs: Fields of `QRMConfig`.
 
         Raises:
@@ -117,9 +118,9 @@ class QRMForSequenceClassification(PreTrainedModel):
             backbone_kwargs = dict(backbone_kwargs or {})
             if num_backbone_layers is not None:
                 hub = {name: backbone_kwargs[name] for name in HUB_ARGUMENTS if name in backbone_kwargs}
-                config = backbone_kwargs.get("config") or AutoConfig.from_pretrained(backbone, **hub)
+                config = backbone_kwargs.get("config") or load_config(backbone, **hub)
                 backbone_kwargs["config"] = _truncated_config(config, num_backbone_layers)
-            trunk = AutoModel.from_pretrained(backbone, **backbone_kwargs)
+            trunk = load_model(AutoModel, backbone, **backbone_kwargs)
         config = QRMConfig(
             backbone_config=trunk.config,
             attn_implementation=trunk.config._attn_implementation,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from reward.loading import load_config, load_model, load_tokenizer
 from reward.released import is_released, load_released
 
 
@@ -127,13 +128,13 @@ def open_reader(
     """
     name = model if isinstance(model, str) else model.config.name_or_path
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = load_config(model, trust_remote_code=trust_remote_code)
         with whole_weights():
             if is_released(config):
                 model = load_released(name, dtype=dtype)
             else:
-                model = model_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+                model = load_model(model_class, name, dtype=dtype, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(name, trust_remote_code=trust_remote_code)
     return ModelReader(model, tokenizer, batch_size=batch_size, max_length=max_length)
 
 

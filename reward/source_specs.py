@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from reward.combinations import AverageSource, MixtureSource
 from reward.judgment import JudgmentSource
+from reward.loading import load_config
 from reward.sources import (
     DistributionSource,
     EnsembleSource,
@@ -63,7 +62,7 @@ class SourceSpec:
         """Whether it is a plain path to a model without a law. `scalar:` says that this is meant."""
         if self.kind != "model":
             return False
-        return not predicts_quantiles(AutoConfig.from_pretrained(self.paths[0], trust_remote_code=trust_remote_code))
+        return not predicts_quantiles(load_config(self.paths[0], trust_remote_code=trust_remote_code))
 
 
 def parse_source(spec: str | SourceSpec, **reading: Any) -> DistributionSource:

@@ -12,9 +12,10 @@ from typing import Any, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from reward.distribution import RewardDistribution
+from reward.loading import load_config
 from reward.mixtures import (
     DENSE_LEVELS,
     check_weights,
@@ -343,7 +344,7 @@ def model_config(model: str | PreTrainedModel, *, trust_remote_code: bool = Fals
     """Config of a model or of what lies under a path; further arguments of `open_reader` do not matter to it."""
     if not isinstance(model, str):
         return model.config
-    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return load_config(model, trust_remote_code=trust_remote_code)
 
 
 def model_name(model: str | PreTrainedModel) -> str:

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from reward import loading
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
 
@@ -26,7 +26,7 @@ def load_policy(model: str | PreTrainedModel, args: PPOConfig) -> PreTrainedMode
     """
     if not isinstance(model, str):
         return model
-    return AutoModelForCausalLM.from_pretrained(model, **_init_kwargs(args))
+    return loading.load_model(AutoModelForCausalLM, model, **_init_kwargs(args))
 
 
 def load_reference(policy: PreTrainedModel, source: str | PreTrainedModel, args: PPOConfig) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def load_critic_trunk(policy_source: str | PreTrainedModel, args: PPOConfig) -> 
         if trunk is None:
             raise ValueError("critic='separate' needs critic_model, because the policy was passed as an object.")
         return copy.deepcopy(trunk)
-    return AutoModel.from_pretrained(source, **_init_kwargs(args))
+    return loading.load_model(AutoModel, source, **_init_kwargs(args))
 
 
 def load_tokenizer(
@@ -70,7 +70,7 @@ def load_tokenizer(
     if tokenizer is None:
         name = source if isinstance(source, str) else source.config.name_or_path
         revision = (args.model_init_kwargs or {}).get("revision")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
     if args.pad_token is not None:
         # Not by id: a pad token that is the unknown token too, as SmolLM2 has it, is in the vocabulary all the same.
         if args.pad_token not in tokenizer.get_vocab():

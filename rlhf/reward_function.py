@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward.distribution import RewardDistribution
 from reward.heads import sum_attributes
+from reward.loading import load_config
 from reward.reading import ModelReader
 from reward.source_specs import parse_source, read_source_spec
 from reward.sources import QUANTILE_MODELS, DistributionSource, QuantileModelSource, ScalarSource
@@ -124,7 +125,7 @@ class RiskReward:
         if isinstance(model, str):
             spec = read_source_spec(model)
             if spec.predicts_one_number(trust_remote_code):
-                config = AutoConfig.from_pretrained(spec.paths[0], trust_remote_code=trust_remote_code)
+                config = load_config(spec.paths[0], trust_remote_code=trust_remote_code)
                 what = f"{model} is of type '{config.model_type}', which"
         elif not isinstance(model, QUANTILE_MODELS):
             what = type(model).__name__

@@ -12,6 +12,7 @@ from trl import TrlParser
 
 from eval.records import read_jsonl
 from reward.modeling import QRMForSequenceClassification
+from rlhf.command_line import RecipeParser
 
 recipe = load_recipe("evaluate")
 GROUPS = (recipe.PolicyArguments, recipe.PromptArguments, recipe.JudgeArguments, recipe.OutputArguments)
@@ -211,7 +212,7 @@ def test_shipped_settings_are_known_and_valid(path):
 
 
 def test_help_documents_every_flag():
-    parser = TrlParser(GROUPS, description=recipe.__doc__, formatter_class=recipe.HelpFormatter)
+    parser = RecipeParser(GROUPS, description=recipe.__doc__)
     text = parser.format_help()
     assert "completions/NAME.jsonl   one row per completion" in text
     undocumented = [a.dest for a in parser._actions if not a.help or len(a.help) < 15]

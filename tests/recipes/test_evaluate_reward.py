@@ -13,6 +13,7 @@ from eval.laws import predicted_laws
 from reward.calibration import calibration_report
 from reward.data import RatingCollator, load_ratings, rating_dataset, rating_row, tokenize_texts
 from reward.training import constant_quantiles, predict_quantiles
+from rlhf.command_line import RecipeParser
 from rlhf.reward_function import RiskReward
 
 recipe = load_recipe("evaluate_reward")
@@ -187,7 +188,7 @@ def test_shipped_settings_are_known_and_valid(path, tmp_path):
 
 
 def test_help_documents_every_flag():
-    parser = TrlParser(GROUPS, description=recipe.__doc__, formatter_class=recipe.HelpFormatter)
+    parser = RecipeParser(GROUPS, description=recipe.__doc__)
     assert "reward_report.json   every number" in parser.format_help()
     assert [action.dest for action in parser._actions if not action.help or len(action.help) < 15] == []
 
