@@ -117,16 +117,17 @@ class ActorCritic(nn.Module):
             entropy_gradient: keep the graph of the entropy, two more (B, T, V) tables.
             detach_trunk: keep the value loss out of a shared trunk (critic warm-up).
         """
-        outputs = self.policy(
+        # The state at position j predicts token j + 1; the last state predicts nothing that was sampled.
+        width = input_ids.shape[1]
+        keep = torch.arange(width - num_completion_tokens - 1, width - 1, device=input_ids.device)
+        logits = self.policy(
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
             **_position_ids(self.policy, attention_mask),
-            logits_to_keep=num_completion_tokens + 1,
-        )
-        # The state at position j predicts token j + 1; the last state predicts nothing that was sampled.
-        keep = slice(-(num_completion_tokens + 1), -1)
-        logits, completion_ids = outputs.logits[:, keep], input_ids[:, -num_completion_tokens:]
+            logits_to_keep=keep,
+        ).logits
+        completion_ids = input_ids[:, -num_completion_tokens:]
         if with_entropy:
             logprobs, entropy = token_logprobs_and_entropy(
                 logits, completion_ids, temperature, entropy_gradient=entropy_gradient
@@ -136,8 +137,10 @@ class ActorCritic(nn.Module):
         shared_state, self._shared_state = self._shared_state, None
         values, quantiles = None, None
         if with_values:
-            state = shared_state if self.critic_trunk is None else self._critic_state(input_ids, attention_mask)
-            values = self.value_head(state[:, keep].detach() if detach_trunk else state[:, keep])
+            state = (
+                shared_state if self.critic_trunk is None else self._critic_state(input_ids, attention_mask)[:, keep]
+            )
+            values = self.value_head(state.detach() if detach_trunk else state)
             if self.value_head.num_quantiles is not None:
                 values, quantiles = values.mean(-1), values
         return CompletionScores(logprobs, values, entropy, quantiles)

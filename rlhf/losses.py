@@ -5,10 +5,11 @@ neither a result nor a gradient. Reduction belongs to `rlhf.masking`.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from reward.objectives import pinball_loss, quantile_huber_loss
 from rlhf.masking import Sum, has_spread, identity, masked_mean_and_var, select
@@ -248,15 +249,54 @@ def token_logprobs_and_entropy(
 
     Args:
         logits, ids, temperature: As in `token_logprobs`.
-        entropy_gradient: False for an entropy that is only logged. The graph of one that is trained holds two more
-            (B, T, V) tables until the backward pass.
+        entropy_gradient: False for an entropy that is only logged. Beside the logits nothing of their size is then
+            kept for the backward pass. The graph of an entropy that is trained holds three more (B, T, V) tables.
     """
+    if not entropy_gradient:
+        return _TokenLogprobs.apply(logits, ids, temperature)
     logprobs, entropies = [], []
     for row, row_ids in zip(logits, ids, strict=True):
         table = _log_softmax(row, temperature)
         logprobs.append(_at(table, row_ids))
-        entropies.append(_entropy(table if entropy_gradient else table.detach()))
+        entropies.append(_entropy(table))
     return torch.stack(logprobs), torch.stack(entropies)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probabilities with a gradient and entropies without one, from logits x at temperature τ.
+
+        log p_i = x_i / τ − log Σ exp(x / τ)        ∂ log p_i / ∂ x = (e_i − p) / τ
+
+    The backward pass makes p again from the logits and one normaliser per token, row by row, in place of the tables
+    that autograd would keep and sum: log-softmax, its gradient and their copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, normalisers = (
+            torch.empty(ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3)
+        )
+        for place, (row, row_ids) in enumerate(zip(logits, ids, strict=True)):
+            table = _log_softmax(row, temperature)
+            logprobs[place], entropies[place] = _at(table, row_ids), _entropy(table)
+            # At the largest logit, because the token's own may be −inf.
+            normalisers[place] = row.amax(-1).float() / temperature - table.amax(-1)
+        ctx.save_for_backward(logits, ids, normalisers)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _entropy_gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, ids, normalisers = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for place, (row, row_ids) in enumerate(zip(logits, ids, strict=True)):
+            scaled = (gradient[place] / ctx.temperature).unsqueeze(-1)
+            table = row.float() if ctx.temperature == 1.0 else row.float() / ctx.temperature
+            table = (table - normalisers[place].unsqueeze(-1)).exp_().mul_(-scaled)
+            result[place] = table.scatter_add_(-1, row_ids.unsqueeze(-1), scaled)
+        return result, None, None
 
 
 def entropy(logits: Tensor) -> Tensor:

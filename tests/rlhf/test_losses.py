@@ -442,6 +442,51 @@ def test_entropy_has_a_gradient_only_when_asked():
     torch.testing.assert_close(logits.grad, -table.exp() * (table + trained.detach()[..., None]) / 0.7)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("forbidden", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_without_tables_equals_that_of_the_log_softmax(temperature, forbidden, dtype):
+    logits, ids = logits_and_ids(dtype)
+    if forbidden:
+        logits[1, 2, :2] = -torch.inf
+    weights = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.0, -0.25]])
+    ways = []
+    for function in (
+        lambda x: token_logprobs_and_entropy(x, ids, temperature, entropy_gradient=False)[0],
+        lambda x: (x.double() / temperature).log_softmax(-1).gather(-1, ids[..., None])[..., 0],
+    ):
+        given = logits.clone().requires_grad_()
+        logprobs = function(given)
+        (logprobs * weights).sum().backward()
+        ways.append((logprobs.detach().double(), given.grad))
+    torch.testing.assert_close(ways[0][0], ways[1][0], rtol=0, atol=2e-6)
+    assert ways[0][1].dtype == dtype
+    # bfloat16: one rounding of the finished gradient on either side.
+    torch.testing.assert_close(
+        *(way[1].float() for way in ways), rtol=0, atol=2e-6 if dtype is torch.float32 else 2e-2
+    )
+    assert ways[0][1].isfinite().all()
+
+
+def test_logged_entropy_keeps_no_table_for_the_backward_pass():
+    logits, ids = logits_and_ids()
+    kept = {}
+    for trained in (False, True):
+        given, sizes = logits.clone().requires_grad_(), {}
+
+        def note(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            token_logprobs_and_entropy(given, ids, 0.7, entropy_gradient=trained)
+        sizes.pop(given.untyped_storage().data_ptr(), None)
+        kept[trained] = sum(sizes.values())
+    table = logits.numel() * 4
+    assert kept[False] < table
+    assert kept[True] >= 2 * table
+
+
 def test_half_precision_logits_are_normalised_in_float32():
     logits, ids = logits_and_ids(torch.bfloat16)
     logprobs, entropies = token_logprobs_and_entropy(logits, ids, 0.7)
