@@ -7,6 +7,7 @@ from typing import Any
 from eval.judges import Judge
 from eval.records import Row, fingerprint, read_jsonl, row_key
 from eval.selection import Selection, best_of_n_kl
+from reward.data import is_messages
 from reward.source_specs import read_source_spec
 
 REQUIRED: dict[str, tuple[type, ...]] = {
@@ -40,6 +41,9 @@ def read_completions(path: str | Path) -> list[Row]:
             if not isinstance(row.get(field), types) or (bool not in types and isinstance(row[field], bool)):
                 wanted = " or ".join(t.__name__ for t in types)
                 raise ValueError(f"{where}: {field!r} must be {wanted}, got {row.get(field)!r}")
+        problem = _problem(row, rows[0] if rows else row)
+        if problem is not None:
+            raise ValueError(f"{where}: {problem}")
         if row_key(row) in seen:
             raise ValueError(
                 f"{where}: prompt {row['prompt_id']!r}, sample {row['sample']} is on line {seen[row_key(row)]} already"
@@ -49,6 +53,24 @@ def read_completions(path: str | Path) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} holds no completions")
     return rows
+
+
+def _problem(row: Row, first: Row) -> str | None:
+    """What is wrong with a row whose required fields have their types, in words."""
+    if row["completion_tokens"] < 0:
+        return f"'completion_tokens' must not be negative, got {row['completion_tokens']}"
+    if isinstance(row["prompt"], list) and not is_messages(row["prompt"]):
+        return "'prompt' must be text or a list of messages with role and content"
+    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+        return "'prompt' must be text in every row or messages in every row"
+    for field in ("kl_k1_sum", "kl_k3_mean"):
+        value = row.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            return f"{field!r} must be a number or null, got {value!r}"
+    for field in ("decoding", "versions", "selection"):
+        if not isinstance(row.get(field, {}), dict):
+            return f"{field!r} must be an object, got {row[field]!r}"
+    return None
 
 
 def candidates(rows: Sequence[Row], n: int | None = None) -> list[list[Row]]:

@@ -28,6 +28,7 @@ from transformers import (
 
 from eval.policies import LoadedPolicy, load_policy
 from eval.records import Row, complete_rows, fingerprint, source_identity
+from reward.data import check_prompts
 from rlhf.losses import k1, k3, token_logprobs
 from rlhf.masking import completion_mask_from_ids
 from rlhf.models import stop_token_ids
@@ -161,6 +162,7 @@ def as_prompt_dataset(prompts: datasets.Dataset | Sequence[str | list[dict]]) ->
             f"the prompts need rows and a 'prompt' column; got {len(prompts)} rows with columns "
             f"{', '.join(prompts.column_names) or 'none'}"
         )
+    check_prompts(prompts, "the prompt data set")
     ids = prompts["prompt_id"] if "prompt_id" in prompts.column_names else range(len(prompts))
     return datasets.Dataset.from_dict({"prompt_id": [str(i) for i in ids], "prompt": list(prompts["prompt"])})
 

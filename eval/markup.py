@@ -82,10 +82,15 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str
 def text(value: Any) -> str:
     """Any value as text that a browser shows and never obeys.
 
-    Control characters become the replacement character: a browser would drop or misread them.
+    Control characters and halves of surrogate pairs become the replacement character: a browser would drop or misread
+    them, and a file cannot hold the latter.
     """
-    shown = "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\ufffd" for c in str(value))
-    return escape(shown, quote=True)
+    return escape("".join(c if _printable(c) else "\ufffd" for c in str(value)), quote=True)
+
+
+def _printable(character: str) -> bool:
+    code = ord(character)
+    return character in "\n\t" or (code >= 32 and not 127 <= code < 160 and not 0xD800 <= code < 0xE000)
 
 
 def minus(numbers: str) -> str:

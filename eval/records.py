@@ -27,7 +27,7 @@ def row_key(row: Row) -> Key:
 def fingerprint(settings: Any) -> str:
     """16 hex digits that change when any of the settings does; the settings must be plain JSON values."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def source_identity(source: str | Path | None) -> Any:
@@ -49,9 +49,10 @@ def read_jsonl(path: str | Path) -> list[Row]:
     for number, line in enumerate(_lines(path), 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
             raise ValueError(
-                f"{path}, line {number} is not JSON ({error.msg}); delete the file to make it again"
+                f"{path}, line {number} is not JSON ({reason}); delete the file to make it again"
             ) from error
     return rows
 
@@ -66,7 +67,8 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
+    # Half of a surrogate pair has no UTF-8; written as an escape it is what JSON means by it.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
 
 
@@ -78,7 +80,10 @@ def read_seconds(path: str | Path | None) -> dict[str, float]:
     """
     if path is None or not Path(path).exists():
         return {}
-    seconds = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        seconds = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        seconds = None
     if not isinstance(seconds, dict) or not all(isinstance(value, int | float) for value in seconds.values()):
         raise ValueError(f'{path} must hold seconds per stage, as {{"stage": 12.3}}')
     return {str(name): float(value) for name, value in seconds.items()}
@@ -152,7 +157,7 @@ def _work_off(
 ) -> tuple[list[Row], Exception | None]:
     """This process's rows, and what ended the work early; each batch reaches the disk as soon as it is done."""
     rows, failure = [], None
-    handle = None if part is None else part.open("w", encoding="utf-8")
+    handle = None if part is None else part.open("w", encoding="utf-8", errors="backslashreplace")
     try:
         with tqdm(total=len(jobs), desc=description, unit="row", disable=not state.is_main_process) as bar:
             for start in range(0, len(jobs), batch_size):
@@ -220,7 +225,7 @@ def _read_whole_lines(path: Path) -> list[Row]:
     for line in _lines(path):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             break
     return rows
 

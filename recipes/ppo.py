@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
-from reward.data import read_dataset
+from reward.data import check_prompts, read_dataset
 from reward.source_specs import read_source_spec
 from rlhf.attributes import build_objectives
 from rlhf.command_line import run
@@ -105,6 +105,7 @@ def load_prompts(name: str, split: str | None, limit: int | None = None) -> Data
     rows, column_split = read_dataset(name, split)
     if column_split is not None:
         rows = rows.filter(lambda row: row["split"] == column_split)
+    check_prompts(rows, name)
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 

@@ -12,7 +12,8 @@ names stand in the rows because nothing else survives selecting, concatenating a
 import bisect
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 # Published and fixed. A text keeps its split in every version of the data, so a model trained on one release is never
 # judged on texts that it saw in another.
+LARGEST_RATING = torch.finfo(torch.float32).max
 SPLITS: dict[str, float] = {"reward": 0.40, "judge": 0.35, "rl_prompts": 0.10, "evaluation": 0.15}
 
 FEATURES = Features(
@@ -115,7 +117,8 @@ def _values(text: str, ratings: Any, attribute: str | None = None) -> list[float
         return []
     values = list(ratings) if isinstance(ratings, (Sequence, Tensor)) and not isinstance(ratings, str) else [ratings]
     for value in values:
-        if isinstance(value, (bool, str)) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        # Compared, not converted: a whole number may be too long for any float.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST_RATING:
             of = "" if attribute is None else f" of {attribute!r}"
             raise ValueError(f"ratings{of} must be finite numbers, got {value!r} for the text {text[:60]!r}.")
     return [float(value) for value in values]
@@ -223,11 +226,18 @@ def load_ratings(
                 text = render_conversation(text, tokenizer)
             ratings = row[columns[0]] if len(columns) == 1 else {n: row[c] for n, c in names.items()}
             if "attributes" in row and columns == ["ratings"]:
-                ratings = dict(zip(row["attributes"], row["ratings"], strict=True))
+                ratings = _by_attribute(row["attributes"], ratings)
             rows.append(rating_row(text, ratings, row.get("source") or "", row.get("split") or None))
         except ValueError as error:
             raise ValueError(f"row {index} of {path_or_id}: {error}") from None
     return rating_dataset(rows)
+
+
+def _by_attribute(names: Any, ratings: Any) -> dict[str, Any]:
+    """Ratings of one row under the names that stand beside them."""
+    if not isinstance(names, list) or not isinstance(ratings, list) or len(names) != len(ratings):
+        raise ValueError(f"attributes {names!r} and ratings {ratings!r} must be lists of one length.")
+    return dict(zip(names, ratings, strict=True))
 
 
 def _named(columns: list[str], names: Sequence[str] | None) -> dict[str, str]:
@@ -257,11 +267,14 @@ def read_dataset(path_or_id: str | Path, split: str | None) -> tuple[Dataset, st
     path = Path(path_or_id)
     formats = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.is_dir():
-        loaded = load_from_disk(str(path))
+        with _clear_errors(path):
+            loaded = load_from_disk(str(path))
     elif path.suffix in formats:
         if not path.is_file():
             raise FileNotFoundError(f"the dataset file {path} does not exist.")
-        loaded = load_dataset(formats[path.suffix], data_files=str(path), split="train")
+        _check_content(path, formats[path.suffix])
+        with _clear_errors(path):
+            loaded = load_dataset(formats[path.suffix], data_files=str(path), split="train")
     elif path.is_absolute() or str(path_or_id).startswith(("./", "../", "runs/")):
         raise FileNotFoundError(
             f"the dataset folder {path} does not exist; `recipes/prepare_data.py` makes those of the quickstart."
@@ -278,6 +291,60 @@ def read_dataset(path_or_id: str | Path, split: str | None) -> tuple[Dataset, st
     if split not in loaded:
         raise ValueError(f"{path_or_id} has no split {split!r}; it has {list(loaded)}.")
     return loaded[split], None
+
+
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """One ValueError for whatever a damaged file makes pandas, pyarrow or datasets raise."""
+    try:
+        yield
+    except (MemoryError, FileNotFoundError):
+        raise
+    except Exception as error:
+        # datasets raises an error of its own that says nothing from the one that does.
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]
+        raise ValueError(
+            f"cannot read {path} as a dataset ({type(cause).__name__}: {reason}); check that the file is whole and "
+            "every row has the same columns"
+        ) from error
+
+
+def _check_content(path: Path, kind: str) -> None:
+    """Refuses an empty file, and JSON that is no row and no list of rows, which some readers do not survive."""
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start:
+        raise ValueError(f"the dataset file {path} is empty.")
+    if kind == "json" and start[:1] not in (b"{", b"["):
+        raise ValueError(f"{path} holds no rows: JSON rows are objects, {{...}}, one per line or in one list.")
+
+
+def check_prompts(rows: Dataset, path_or_id: str | Path) -> None:
+    """Refuses prompts that are neither text nor messages, before a model sees the first.
+
+    Raises:
+        ValueError: There is no column `prompt`, no row, or a prompt of another form (its index is named).
+    """
+    if "prompt" not in rows.column_names:
+        raise ValueError(f"{path_or_id} has no column 'prompt'; it has {rows.column_names}.")
+    if not len(rows):
+        raise ValueError(f"{path_or_id} holds no prompts.")
+    for index, prompt in enumerate(rows["prompt"]):
+        if not isinstance(prompt, str) and not is_messages(prompt):
+            raise ValueError(
+                f"row {index} of {path_or_id}: a prompt is text or a list of messages with role and content, got "
+                f"{repr(prompt)[:80]}."
+            )
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a non-empty list of messages, each with a role and a content."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    )
 
 
 def select_split(dataset: Dataset, split: str | None, path_or_id: str | Path) -> Dataset:

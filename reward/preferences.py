@@ -6,6 +6,7 @@ score should lead, 0 where none is given) and `conversation` (whether a chat tem
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from trl import extract_prompt, is_conversational
 
 from reward.data import (
     RatingCollator,
+    is_messages,
     normalise_text,
     pad_ratings,
     read_dataset,
@@ -57,9 +59,15 @@ def preference_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | Non
     for side in ("chosen", "rejected"):
         if side not in row:
             raise ValueError(f"there is no column {side!r}; TRL's preference format needs chosen and rejected.")
+        if isinstance(row[side], dict) or not isinstance(row[side], str | list | None):
+            raise ValueError(f"{side} is neither text nor a list of messages with role and content.")
         if not row[side] or not _says_something(row[side]):
             raise ValueError(f"{side} is empty.")
+        if not isinstance(row[side], str) and not is_messages(row[side]):
+            raise ValueError(f"{side} is neither text nor a list of messages with role and content.")
     margin = row.get("margin")
+    if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
+        raise ValueError(f"margin must be a finite number, got {margin!r}.")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     kinds = [is_conversational({"chosen": side}) for side in (chosen, rejected)]
     if kinds[0] != kinds[1]:

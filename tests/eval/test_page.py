@@ -19,6 +19,8 @@ from reward.distribution import RewardDistribution
 
 ATTACK = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"quoted\" $\\frac{1}{0}$"
+    " </script></style></title>--><svg onload=document.title='owned'> ' autofocus onfocus=document.title='owned' x='"
+    " <a href=\"javascript:document.title='owned'\">x</a>"
 )
 LEVELS = [0.1, 0.3, 0.5, 0.7, 0.9]
 
@@ -34,7 +36,7 @@ def result(name, shift, law=True):
     centres = rng.normal(size=60) + shift
     rows = [
         {
-            "prompt_id": str(i), "sample": 0, "prompt": f"p{i} {ATTACK}", "completion": f"c{i} {ATTACK}\x00\x1b[31m",
+            "prompt_id": str(i), "sample": 0, "prompt": f"p{i} {ATTACK}", "completion": f"c{i} {ATTACK}\ud800\x00\x1b[31m",
             "completion_tokens": 5, "finished": i % 2 == 0, "source": ATTACK, "decoding": {},
             "kl_k1_sum": abs(shift), "kl_k3_mean": 0.1,
         }
@@ -141,7 +143,7 @@ def test_what_models_wrote_is_shown_as_text(page):
     assert words.count("<script>document.title='owned'</script>") > 20
     assert "\x00" not in source
     assert "\x1b" not in source
-    assert "\ufffd\ufffd[31m" in words
+    assert "\ufffd\ufffd\ufffd[31m" in words
 
 
 def test_text_escapes_everything_a_browser_could_obey():
