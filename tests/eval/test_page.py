@@ -37,7 +37,8 @@ def result(name, shift, law=True):
     rows = [
         {
             "prompt_id": str(i), "sample": 0, "prompt": f"p{i} {ATTACK}",
-            "completion": f"c{i} {ATTACK}\ud800\x00\x1b[31m", "completion_tokens": 5, "finished": i % 2 == 0, "source": ATTACK, "decoding": {},
+            "completion": f"c{i} {ATTACK}\ud800\x00\x1b[31m", "completion_tokens": 5,
+            "finished": i % 2 == 0, "source": ATTACK, "decoding": {},
             "kl_k1_sum": abs(shift), "kl_k3_mean": 0.1,
         }
         for i in range(60)
