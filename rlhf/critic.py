@@ -153,6 +153,10 @@ class ActorCritic(nn.Module):
             **_position_ids(self.critic_trunk, attention_mask),
         ).last_hidden_state
 
+    def generate(self, **inputs: object) -> Tensor:
+        """Token ids from the policy; FSDP gathers weights around methods of the module that it wraps alone."""
+        return self.policy.generate(**inputs)
+
     @contextmanager
     def reference(self):
         """Within this context a PEFT policy answers as its base model does."""
@@ -216,6 +220,11 @@ class ActorCritic(nn.Module):
     @property
     def config(self):
         return self.policy.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        # The layers that FSDP shards one by one; without them it would gather the whole model for each forward.
+        return sorted({name for trunk in self._trunks() for name in trunk._no_split_modules or ()})
 
     @property
     def dtype(self) -> torch.dtype:

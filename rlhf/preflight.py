@@ -1,9 +1,11 @@
 """Everything that could make a run fail later, looked at before the first weight is trained."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,20 +14,98 @@ from rlhf.rollout import tokenize_prompts
 
 
 def check_launch(args: PPOConfig) -> None:
-    """Refuse a launch for GPUs on a machine without one.
+    """Refuse a launch whose device, ranks or sharding accelerate would change without a word.
 
-    accelerate answers such a launch with a silent run on the CPU, hours slower than what was asked for.
+    A launch for GPUs on a machine without one becomes a run on the CPU, hours slower; FSDP on CPU ranks becomes plain
+    data parallelism, with the whole model on every rank. `check_mode` looks again once accelerate has decided.
 
     Raises:
-        ValueError: started by a launcher, no accelerator is visible, and nobody asked for the CPU.
+        ValueError: started by a launcher, and this process is not what the launcher was asked for.
     """
-    launched = "ACCELERATE_USE_CPU" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    asked_for_cpu = args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    if launched and not asked_for_cpu and PartialState().device.type == "cpu":
+    state = PartialState()
+    asked = asked_launch(os.environ, args, state.num_processes)
+    launched = "ACCELERATE_USE_CPU" in os.environ or asked.processes > 1
+    asked_for_cpu = args.use_cpu or _is_set(os.environ, "ACCELERATE_USE_CPU")
+    if launched and not asked_for_cpu and state.device.type == "cpu":
         raise ValueError(
             "The accelerate config asks for GPUs, but none is visible. Take accelerate_configs/cpu.yaml (or, for CPU "
             "ranks, ddp_cpu.yaml with --use_cpu true), or check CUDA_VISIBLE_DEVICES."
         )
+    if asked.mode.startswith("FSDP") and state.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+        raise ValueError(
+            f"The launch asks for {asked.mode}, but accelerate shards with it on accelerators only: here every rank "
+            "would hold everything. Take accelerate_configs/ddp_cpu.yaml, or zero2.yaml or zero3.yaml."
+        )
+
+
+def check_mode(args: PPOConfig, accelerator: Accelerator) -> None:
+    """Refuse to train in another mode, or on fewer ranks, than was asked for.
+
+    Raises:
+        ValueError: with both modes in words.
+    """
+    asked, became = asked_launch(os.environ, args, accelerator.num_processes), actual_launch(accelerator)
+    # A DeepSpeed or FSDP config of the user's own may hold any variant.
+    same_mode = became.mode == asked.mode or (asked.mode in ("DeepSpeed", "FSDP") and asked.mode in became.mode)
+    if not same_mode or became.processes != asked.processes:
+        raise ValueError(
+            f"The launch asked for {asked.mode} with {asked.processes} process(es), but accelerate made it "
+            f"{became.mode} with {became.processes}. Look for a flag of `accelerate launch`, a variable ACCELERATE_* "
+            "or a setting (use_cpu, deepspeed, fsdp) that overrides the accelerate config."
+        )
+
+
+class Launch(NamedTuple):
+    """How ranks share the work: the mode in words, and the number of ranks."""
+
+    mode: str
+    processes: int
+
+
+def asked_launch(environment: Mapping[str, str], args: PPOConfig, processes: int) -> Launch:
+    """What was asked for: by `accelerate launch`, which tells it to its processes in variables, or by the settings.
+
+    Args:
+        environment: variables of this process.
+        args: settings, whose `deepspeed` and `fsdp` win over the variables.
+        processes: number of ranks where no launcher has said one.
+    """
+    processes = int(environment.get("WORLD_SIZE", processes))
+    if args.deepspeed or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+        return Launch("DeepSpeed", processes)
+    if args.fsdp:
+        return Launch("FSDP", processes)
+    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+        prefix = "ACCELERATE_DEEPSPEED_"
+        devices = [environment.get(f"{prefix}OFFLOAD_{part}_DEVICE", "none") for part in ("OPTIMIZER", "PARAM")]
+        return Launch(_zero_mode(environment.get(f"{prefix}ZERO_STAGE", "2"), *devices), processes)
+    if _is_set(environment, "ACCELERATE_USE_FSDP"):
+        return Launch(f"FSDP version {environment.get('FSDP_VERSION', '1')}", processes)
+    if _is_set(environment, "ACCELERATE_USE_MEGATRON_LM"):
+        return Launch("Megatron-LM", processes)
+    return Launch("one process" if processes == 1 else "data parallelism", processes)
+
+
+def actual_launch(accelerator: Accelerator) -> Launch:
+    """What accelerate made of it."""
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    if kind == DistributedType.DEEPSPEED:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        devices = [zero.get(f"offload_{part}", {}).get("device", "none") for part in ("optimizer", "param")]
+        return Launch(_zero_mode(zero.get("stage", 0), *devices), processes)
+    if kind == DistributedType.FSDP:
+        return Launch(f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version}", processes)
+    if kind == DistributedType.MEGATRON_LM:
+        return Launch("Megatron-LM", processes)
+    return Launch("one process" if processes == 1 else "data parallelism", processes)
+
+
+def _zero_mode(stage: int | str, optimizer: str, parameters: str) -> str:
+    return f"DeepSpeed ZeRO-{stage} (offload: optimizer {optimizer}, parameters {parameters})"
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")
 
 
 def check_output_dir(args: PPOConfig) -> None:

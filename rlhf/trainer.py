@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import fsdp2_prepare_model, set_seed
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
@@ -27,7 +27,7 @@ from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, maske
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
 from rlhf.nonfinite import FiniteUpdates, UpdateGuard
 from rlhf.passes import ForwardPasses
-from rlhf.preflight import check_batches, check_datasets, check_launch, check_output_dir
+from rlhf.preflight import check_batches, check_datasets, check_launch, check_mode, check_output_dir
 from rlhf.rescue import state_rescued
 from rlhf.rollout import (
     Rollout,
@@ -127,6 +127,7 @@ class PPOTrainer(FiniteUpdates, _BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process are not supported; start with `accelerate launch`.")
+        check_mode(args, self.accelerator)
         guard_trackers(self.callback_handler.callbacks)
         self.update_guard = UpdateGuard(args, self.accelerator, tokenizer)
         self.passes = ForwardPasses(self, self._prepare_frozen(reference))
@@ -200,7 +201,7 @@ class PPOTrainer(FiniteUpdates, _BaseTrainer):
         ) as actor_critic:
             sharded = (models.is_zero3(self.args) and not self.args.ds3_gather_for_generation) or self.is_fsdp_enabled
             completion_ids, completion_mask, finished = generate(
-                actor_critic.policy, prompt_ids, prompt_mask, self.generation_config, self.stop_token_ids, sharded
+                actor_critic, prompt_ids, prompt_mask, self.generation_config, self.stop_token_ids, sharded
             )
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         return ids, torch.cat([prompt_mask, completion_mask], dim=1), completion_mask, finished
@@ -364,6 +365,9 @@ class PPOTrainer(FiniteUpdates, _BaseTrainer):
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(frozen, self.accelerator)
         if self.is_fsdp_enabled:
+            if self.accelerator.is_fsdp2:
+                # TRL's `prepare_fsdp` would gather all layers at once.
+                return fsdp2_prepare_model(self.accelerator, frozen).eval()
             return prepare_fsdp(frozen, self.accelerator)
         return self.accelerator.prepare_model(frozen, evaluation_mode=True)
 

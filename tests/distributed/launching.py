@@ -23,22 +23,38 @@ def load_recipe(name: str) -> ModuleType:
     return module
 
 
-def cpu_config(name: str, folder: Path, ranks: int) -> Path:
-    """The shipped accelerate config `name`, changed only in what separates a CPU from a GPU."""
+def cpu_config(name: str, folder: Path, ranks: int, **changes: object) -> Path:
+    """The shipped accelerate config `name`, changed only in what separates a CPU from a GPU, and by `changes`."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
-    config |= {"use_cpu": True, "num_processes": ranks, "mixed_precision": "no"}
+    config |= {"use_cpu": True, "num_processes": ranks, "mixed_precision": "no"} | changes
     path = folder / f"{name}_{ranks}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
 
-def launch(config: Path, *command: object, timeout: int = 400) -> str:
+def launch(config: Path, *command: object, timeout: int = 900) -> str:
     """Run `accelerate launch`; its output, or a failed assertion that shows it."""
+    process = start(config, *command, port=free_port())
+    return finish(process, timeout)
+
+
+def launch_machines(config: Path, *command: object, machines: int = 2, timeout: int = 900) -> str:
+    """Run `accelerate launch` once for each machine, with its rank, all of them on this one; output of the first."""
+    port = free_port()
+    started = [start(config, *command, port=port, options=("--machine_rank", rank)) for rank in range(machines)]
+    outputs = [finish(process, timeout) for process in started]
+    return outputs[0]
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    arguments = ["--config_file", config, "--main_process_port", port, *command]
-    result = subprocess.run(
+        return probe.getsockname()[1]
+
+
+def start(config: Path, *command: object, port: int, options: tuple = ()) -> subprocess.Popen:
+    arguments = ["--config_file", config, "--main_process_port", port, *options, *command]
+    return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)],
         cwd=ROOT,
         # DeepSpeed compiles a small CPU operator with the `ninja` of this environment.
@@ -50,10 +66,17 @@ def launch(config: Path, *command: object, timeout: int = 400) -> str:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
     )
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-6000:]
+
+
+def finish(process: subprocess.Popen, timeout: int) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, output[-6000:]
     return output
