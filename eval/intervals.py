@@ -398,7 +398,8 @@ def _bca_tails(
     jackknife = np.concatenate(left_out)
     deviations = jackknife.mean() - jackknife
     spread = float((deviations**2).sum())
-    if spread <= 0.0:
+    # Deviations whose squares leave float64 say nothing about the skewness.
+    if not 0.0 < spread < math.inf:
         return None
     acceleration = float((deviations**3).sum()) / (6 * spread**1.5)
     bias = float(ndtri(share))

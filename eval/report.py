@@ -147,7 +147,7 @@ def summarise(result: PolicyResult, measurement: Measurement) -> dict[str, Any]:
         "prompts": mean.prompts,
         "excluded": mean.excluded,
         **_with_interval("mean", mean),
-        "std": float(np.nanstd(scores)),
+        "std": float(scores[np.isfinite(scores)].std()),
         **_with_interval("extremely_negative_rate", rate),
         "effective_n": rate.effective_n,
         **_with_interval("cvar", tail),
@@ -300,7 +300,8 @@ def _kl(result: PolicyResult, measurement: Measurement) -> dict[str, Any]:
     tokens = result.column("completion_tokens")[finite]
     return {
         **_with_interval("kl", bootstrap_interval(sums, result.prompt_ids, **measurement.bootstrap)),
-        "kl_per_token": float((per_token[finite] * tokens).sum() / tokens.sum()),
+        # Empty completions alone have no token to divide by.
+        "kl_per_token": float((per_token[finite] * tokens).sum() / tokens.sum()) if tokens.sum() > 0 else None,
     }
 
 
