@@ -3,7 +3,8 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/ppo.py \\
         --config recipes/smollm2/ppo.yaml --risk cvar:0.1
 
-Every value of the YAML file can be overridden by a flag of the same name; `--help` lists them all.
+Every value of the YAML file can be overridden by a flag of the same name; `--help` lists them all. With
+`--resume_from_checkpoint auto` the same command starts a run and continues it after any interruption (docs/faults.md).
 """
 
 import logging
@@ -176,13 +177,14 @@ def main(data: DataArguments, reward: RewardArguments, args: PPOConfig, model: M
     """Load, train, save."""
     try:
         trainer = build_trainer(data, reward, args, model)
+        checkpoint = trainer.sound_checkpoint(args.resume_from_checkpoint)
     except (ValueError, OSError) as error:
         # Everything up to here is about the input, and its message says all; a traceback would bury it.
         raise SystemExit(f"error: {error}") from None
     # Whether the constraints hold is said in words, beside the numbers.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rlhf").setLevel(logging.INFO)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.create_model_card(model_name=f"PPO, risk {reward.risk}")

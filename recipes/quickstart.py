@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.durability import checkpoints, newest_sound
+
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("runs/quickstart")
 SECONDS = RUN / "stages" / "seconds.json"  # of the finished stages, for the report
@@ -43,10 +45,13 @@ class Stage:
     def _remainder(self) -> list[str]:
         if not self.launched or not self.output.is_dir() or not any(self.output.iterdir()):
             return []
-        checkpoints = sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-        if complete:
-            return ["--resume_from_checkpoint", str(complete[-1])]
+        if self.command[0] == "recipes/ppo.py":
+            checkpoint, _ = newest_sound(self.output)
+        else:
+            complete = [path for path in checkpoints(self.output) if (path / "trainer_state.json").is_file()]
+            checkpoint = complete[0] if complete else None
+        if checkpoint:
+            return ["--resume_from_checkpoint", str(checkpoint)]
         return ["--overwrite_output_dir", "true"]
 
 

@@ -56,6 +56,7 @@ from eval.study import Run, summary
 from eval.study_figures import save, study_figure
 from eval.study_report import flag_distances, last_values, markdown, study_row
 from eval.tail import Threshold
+from rlhf.durability import newest_sound
 
 ROOT = Path(__file__).resolve().parents[1]
 POPULATION = ("--risk_scope", "population")
@@ -234,9 +235,8 @@ class Study:
         start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.options.accelerate)]
         rest: list[str] = []
         if piece.trains and piece.output.is_dir() and any(piece.output.iterdir()):
-            states = piece.output.glob("checkpoint-*/trainer_state.json")
-            complete = sorted((path.parent for path in states), key=lambda path: int(path.name.split("-")[1]))
-            rest = ["--resume_from_checkpoint", str(complete[-1])] if complete else ["--overwrite_output_dir", "true"]
+            checkpoint, _ = newest_sound(piece.output)
+            rest = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else ["--overwrite_output_dir", "true"]
         return [*start, *piece.command, *rest]
 
     def _write(self, piece: Piece, *, finished: bool, seconds: float) -> None:

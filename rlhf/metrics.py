@@ -44,6 +44,14 @@ class MetricAverages:
                 entry[1] += weight
         return {name: total / weight for name, (total, weight) in sorted(merged.items())}
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sum and weight of each name in this period, on this rank."""
+        return {name: list(pair) for name, pair in self._sums.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._sums = defaultdict(lambda: [0.0, 0.0], {name: list(pair) for name, pair in state.items()})
+
 
 def gather_objects(item: object, accelerator: Accelerator) -> list:
     """One small Python object from each rank, on every rank."""

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import PPOConfig
+from rlhf.durability import MANIFEST, UNFINISHED, checkpoints, wants_resume
 from rlhf.rollout import tokenize_prompts
 
 
@@ -111,16 +112,27 @@ def _is_set(environment: Mapping[str, str], name: str) -> bool:
 def check_output_dir(args: PPOConfig) -> None:
     """Refuse to write into a folder that holds something, unless the run continues or replaces it.
 
+    Whether a checkpoint is sound takes reading it, so that waits for `PPOTrainer.train`.
+
     Raises:
-        ValueError: the folder is not empty.
+        ValueError: the folder is not empty, or nothing is there that could be continued.
     """
-    folder = Path(args.output_dir)
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     # Every rank looks before any rank may write.
     occupied = folder.is_dir() and any(folder.iterdir())
+    present = checkpoints(folder) or checkpoints(folder / UNFINISHED)
     PartialState().wait_for_everyone()
-    if occupied and not args.overwrite_output_dir and not args.resume_from_checkpoint:
+    if wants_resume(resume):
+        if str(resume).lower() == "true" and not present:
+            raise ValueError(
+                f"resume_from_checkpoint={resume}, but {folder} holds no checkpoint. Start without it, or set it to "
+                "'auto': the newest sound checkpoint, or a new start where there is none."
+            )
+        if str(resume).lower() not in ("true", "auto") and not Path(resume, MANIFEST).is_file():
+            raise ValueError(f"resume_from_checkpoint={resume} is no complete checkpoint ({MANIFEST} is missing).")
+    elif occupied and not args.overwrite_output_dir:
         raise ValueError(
-            f"output_dir {folder} is not empty. Continue its run with resume_from_checkpoint, "
+            f"output_dir {folder} is not empty. Continue its run with resume_from_checkpoint=true, "
             "replace it with overwrite_output_dir, or choose another folder."
         )
 

@@ -18,15 +18,17 @@ from rlhf.reward_calls import RewardError
 def state_rescued(trainer: Any) -> Iterator[None]:
     """Rewards are collected inside; if they end the run, a checkpoint of the last finished step is written first.
 
-    Random states and those of the reward functions are put back to where that step left them, so the resumed run
-    samples what this one would have. Every rank fails together, because the reward functions agree on it.
+    Random states, those of the reward functions and the averages for the next log are put back to where that step
+    left them, so the resumed run samples and logs what this one would have. Every rank fails together, because the reward functions agree on it.
     """
     randomness, rewards = _random_states(), trainer.reward_functions.state_dict()
+    averages = trainer._train_metrics.state_dict()
     try:
         yield
     except RewardError:
         _restore(randomness)
         trainer.reward_functions.load_state_dict(rewards)
+        trainer._train_metrics.load_state_dict(averages)
         if trainer.is_in_train:
             save_last_step(trainer)
         raise

@@ -1,6 +1,5 @@
 """PPO for language models on the trainer base of TRL; `_collect` and `compute_loss` hold the algorithm."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from rlhf import models
 from rlhf.advantages import gae, next_kl_coef, token_rewards
-from rlhf.checkpoint import PPOState, check_resumable, layout, load_state, load_weights, save_state, save_weights
+from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
@@ -29,6 +28,7 @@ from rlhf.nonfinite import FiniteUpdates, UpdateGuard
 from rlhf.passes import ForwardPasses
 from rlhf.preflight import check_batches, check_datasets, check_launch, check_mode, check_output_dir
 from rlhf.rescue import state_rescued
+from rlhf.resuming import DurableCheckpoints
 from rlhf.rollout import (
     Rollout,
     RolloutSampler,
@@ -42,7 +42,7 @@ from rlhf.scoring import RewardFunctions, shape_scores
 from rlhf.trackers import guard_trackers
 
 
-class PPOTrainer(FiniteUpdates, _BaseTrainer):
+class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
     """Proximal policy optimisation of a language model against reward functions.
 
     One rollout: prompts -> sampled completions -> score of each -> token rewards (score on the last token, KL penalty
@@ -397,48 +397,3 @@ class PPOTrainer(FiniteUpdates, _BaseTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing is reported to anybody."""
-
-    # ---- Saving and resuming ----------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The policy in plain Hugging Face form, its tokenizer, and the critic in a folder beside it."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.accelerator.unwrap_model(self.model), folder, state_dict)
-        self.processing_class.save_pretrained(folder)
-        # JSON instead of transformers' pickled training_args.bin; to_dict masks tokens.
-        (folder / "ppo_config.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        check_resumable(resume_from_checkpoint, self._layout())
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(model or self.model, resume_from_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        accelerator = self.accelerator
-        save_state(
-            output_dir,
-            self.ppo_state,
-            self._rollout,
-            self._layout(),
-            accelerator.process_index,
-            accelerator.is_main_process,
-            self.reward_functions.state_dict(),
-        )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.ppo_state, self._rollout, rewards = load_state(
-                checkpoint, self._layout(), self.accelerator.process_index, self.accelerator.device
-            )
-            self.reward_functions.load_state_dict(rewards)
-
-    def _layout(self) -> dict[str, object]:
-        module = self.accelerator.unwrap_model(self.model)
-        return layout(self.args, self.accelerator.num_processes, hasattr(module.policy, "peft_config"))

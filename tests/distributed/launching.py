@@ -52,7 +52,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(config: Path, *command: object, port: int, options: tuple = ()) -> subprocess.Popen:
+def start(
+    config: Path, *command: object, port: int, options: tuple = (), output: object = subprocess.PIPE
+) -> subprocess.Popen:
+    """Begin an `accelerate launch` with these options of the launcher."""
     arguments = ["--config_file", config, "--main_process_port", port, *options, *command]
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)],
@@ -66,7 +69,7 @@ def start(config: Path, *command: object, port: int, options: tuple = ()) -> sub
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         },
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )
@@ -76,7 +79,8 @@ def finish(process: subprocess.Popen, timeout: int) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
+        # The launcher ends its ranks; killed outright it would leave them behind.
+        process.terminate()
         raise
     assert process.returncode == 0, output[-6000:]
     return output

@@ -14,6 +14,7 @@ from eval.records import read_jsonl, write_jsonl
 from eval.study_figures import study_figure
 from eval.study_report import flag_distances, last_values, markdown
 from rlhf.config import PPOConfig
+from rlhf.durability import flushed_checksums, seal
 
 WORDS = ["the", "a", "red", "green", "blue", "good", "bad", "fine", "film", "very", "risky", "safe"]
 LEVELS = [0.1, 0.5, 0.9]
@@ -65,8 +66,10 @@ class Machine:
             {"step": i, "kl/reference": 0.5 * i, "population/rating_cvar_0.1": -1.0 + 0.1 * i} for i in range(1, 9)
         ]
         state = json.dumps({"log_history": rollouts})
-        (output / "checkpoint-8").mkdir(parents=True, exist_ok=True)
-        (output / "checkpoint-8" / "trainer_state.json").write_text(state)
+        checkpoint = output / "checkpoint-8"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "trainer_state.json").write_text(state)
+        seal(checkpoint, flushed_checksums(checkpoint, ["trainer_state.json"]))
         if output.name == self.stop_at:
             return 1
         (output / "trainer_state.json").write_text(state)

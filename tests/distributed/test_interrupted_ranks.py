@@ -1,0 +1,85 @@
+"""Two ranks, killed or asked to leave, go on as if nothing had happened."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from distributed.launching import ROOT, cpu_config, free_port, launch, start
+from safetensors.torch import load_file
+
+from rlhf.durability import damage, files_of, newest_sound
+
+SCRIPT = ROOT / "tests" / "interrupted.py"
+SETTINGS = {"max_steps": 10, "per_device_train_batch_size": 2}
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+
+def wait_for_events(process, folder: Path, number: int) -> None:
+    until = time.monotonic() + 300
+    while not all(path.is_file() and path.stat().st_size >= number for path in rank_files(folder, "events")):
+        assert process.poll() is None, (folder / "log").read_text()[-6000:]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def rank_files(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}_{rank}" for rank in (0, 1)]
+
+
+def begin(config: Path, folder: Path, **settings: object):
+    folder.mkdir(exist_ok=True)
+    with (folder / "log").open("w") as log:
+        settings = json.dumps({**SETTINGS, **settings})
+        return start(config, SCRIPT, folder, settings, port=free_port(), output=log)
+
+
+def test_killed_zero2_ranks_resume_bit_by_bit(tmp_path):
+    config = cpu_config("zero2", tmp_path, 2)
+    through, killed = tmp_path / "through", tmp_path / "killed"
+    launch(config, SCRIPT, through, json.dumps(SETTINGS))
+    process = begin(config, killed)
+    # 4 or 5 events a step: inside the second rollout, with a checkpoint inside it.
+    wait_for_events(process, killed, 27)
+    # As when a machine dies: the launcher first, or it would ask the second rank to leave in peace.
+    for pid in (process.pid, *(int(path.read_text()) for path in rank_files(killed, "pid"))):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    checkpoint, skipped = newest_sound(killed / "run")
+    assert skipped == []
+    step = int(checkpoint.name.partition("-")[2])
+    assert 4 < step < SETTINGS["max_steps"]
+    names = files_of(checkpoint)
+    assert {f"rank_{rank}.safetensors" for rank in (0, 1)} <= set(names)
+    assert sum("optim_states" in name for name in names) == 2
+    output = launch(config, SCRIPT, killed, json.dumps(SETTINGS))
+    assert f"Resuming from {checkpoint}." in output
+    expected, record = (json.loads((folder / "record.json").read_text()) for folder in (through, killed))
+    assert (record["ranks"], record["zero_stage"]) == (2, 2)
+    assert record == expected
+    weights, wanted = (load_file(folder / "weights.safetensors") for folder in (killed, through))
+    assert weights.keys() == wanted.keys()
+    assert [name for name in wanted if not weights[name].equal(wanted[name])] == []
+
+
+def test_a_sigterm_to_one_rank_stops_both_with_one_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    process = begin(cpu_config("ddp_cpu", tmp_path, 2), folder, save_strategy="no", max_steps=1000)
+    wait_for_events(process, folder, 15)
+    second = int(rank_files(folder, "pid")[1].read_text())
+    os.kill(second, signal.SIGTERM)
+    time.sleep(0.05)
+    assert process.wait(timeout=120) == 1  # the launcher's own status
+    log = (folder / "log").read_text()
+    statuses = re.findall(r"exitcode *: (-?\d+)", log)
+    assert set(statuses) == {"143"}, log[-6000:]
+    assert "Error" not in log.partition("accelerate/commands/launch.py")[0], log[-6000:]
+    checkpoint, skipped = newest_sound(folder / "run")
+    assert skipped == []
+    assert damage(checkpoint) is None
+    assert f"resume from {checkpoint}" in log
+    assert [path.name for path in (folder / "run").iterdir()] == [checkpoint.name]
+    assert {"rank_0.safetensors", "rank_1.safetensors"} <= set(files_of(checkpoint))
