@@ -19,7 +19,8 @@ def state_rescued(trainer: Any) -> Iterator[None]:
     """Rewards are collected inside; if they end the run, a checkpoint of the last finished step is written first.
 
     Random states, those of the reward functions and the averages for the next log are put back to where that step
-    left them, so the resumed run samples and logs what this one would have. Every rank fails together, because the reward functions agree on it.
+    left them, so the resumed run samples and logs what this one would have. Every rank fails together, because the
+    reward functions agree on it.
     """
     randomness, rewards = _random_states(), trainer.reward_functions.state_dict()
     averages = trainer._train_metrics.state_dict()
