@@ -397,6 +397,8 @@ def _bca_tails(
         left_out.append(replicate(counts))
     jackknife = np.concatenate(left_out)
     deviations = jackknife.mean() - jackknife
+    # The acceleration has no unit; cubes of large scores would overflow.
+    deviations = deviations / max(float(np.abs(deviations).max()), np.finfo(float).tiny)
     spread = float((deviations**2).sum())
     # Deviations whose squares leave float64 say nothing about the skewness.
     if not 0.0 < spread < math.inf:

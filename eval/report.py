@@ -147,7 +147,7 @@ def summarise(result: PolicyResult, measurement: Measurement) -> dict[str, Any]:
         "prompts": mean.prompts,
         "excluded": mean.excluded,
         **_with_interval("mean", mean),
-        "std": float(scores[np.isfinite(scores)].std()),
+        "std": _std(scores[np.isfinite(scores)]),
         **_with_interval("extremely_negative_rate", rate),
         "effective_n": rate.effective_n,
         **_with_interval("cvar", tail),
@@ -368,3 +368,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+
+
+def _std(scores: np.ndarray) -> float:
+    """Standard deviation of scores of any size; squares of large ones leave float64."""
+    scale = max(float(np.abs(scores).max()), np.finfo(float).tiny)
+    return scale * float((scores / scale).std())

@@ -13,6 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
+from rlhf.nonfinite import NonFiniteError
+from rlhf.reward_calls import RewardError
+
 YES_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 # Settings of transformers that are declared as text and take a yes or no as well.
 TEXT_OR_BOOL = {"resume_from_checkpoint"}
@@ -142,7 +145,8 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    # The last two end a training that cannot go on, and say what was saved and what to do.
+    except (ValueError, OSError, NonFiniteError, RewardError) as error:
         raise SystemExit(f"error: {error}") from (error if sys.flags.dev_mode else None)
 
 
