@@ -47,9 +47,10 @@ def opens_or_refuses(read, folder):
     try:
         return read(folder)
     except (ValueError, OSError) as error:
-        # Two kinds of ValueError tell a user nothing about a file.
-        assert not isinstance(error, UnicodeDecodeError | json.JSONDecodeError)
-        return None
+        refusal = error
+    # Two kinds of ValueError tell a user nothing about a file.
+    assert not isinstance(refusal, UnicodeDecodeError | json.JSONDecodeError)
+    return None
 
 
 def copy_of(folder, tmp_path_factory):
