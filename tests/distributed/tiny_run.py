@@ -48,6 +48,10 @@ def run(output: Path, source: Path, settings: dict) -> None:
         peft_config=peft,
         **{"generation_kwargs": GREEDY, "num_ppo_epochs": 1, "max_steps": 3, "learning_rate": 1e-3, **settings},
     )
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        # ZeRO-3 keeps tensors of fewer than 1e5 numbers whole, which all of these are.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer.train()
     trainer.save_model(str(output / "policy"))
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -107,6 +111,7 @@ def refused_environments(trainer: PPOTrainer) -> list[str]:
 
 def allow_fsdp_on_cpu() -> None:
     """Let accelerate shard CPU ranks with FSDP, which torch can do: the kind "several GPUs" is what it asks for."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
 
