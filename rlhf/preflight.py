@@ -68,13 +68,14 @@ def asked_launch(environment: Mapping[str, str], args: PPOConfig, processes: int
 
     Args:
         environment: variables of this process.
-        args: settings, whose `deepspeed` and `fsdp` win over the variables.
+        args: settings, whose `deepspeed` and `fsdp` win over the variables; those of an evaluation have neither.
         processes: number of ranks where no launcher has said one.
     """
     processes = int(environment.get("WORLD_SIZE", processes))
-    if args.deepspeed or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+    config_file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if getattr(args, "deepspeed", None) or config_file.lower() != "none":
         return Launch("DeepSpeed", processes)
-    if args.fsdp:
+    if getattr(args, "fsdp", None):
         return Launch("FSDP", processes)
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         prefix = "ACCELERATE_DEEPSPEED_"
