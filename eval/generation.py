@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from eval.policies import LoadedPolicy, load_policy
-from eval.records import Row, complete_rows, fingerprint, source_identity
+from eval.records import BadRowsError, Row, complete_rows, fingerprint, source_identity
 from reward.data import check_prompts
 from rlhf.losses import k1, k3, token_logprobs
 from rlhf.masking import completion_mask_from_ids
@@ -346,12 +346,12 @@ def _check_prompts(
     """Refuses prompts that would fail in the middle of a run."""
     for prompt_id, prompt in zip(dataset["prompt_id"], dataset["prompt"], strict=True):
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-            raise ValueError(f"the prompt with id {prompt_id!r} is empty; remove it from the prompts")
+            raise BadRowsError(f"the prompt with id {prompt_id!r} is empty; remove it from the prompts")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     lengths = [len(ids) for ids in tokenize_prompts(list(dataset["prompt"]), tokenizer)]
     long = [i for i, length in enumerate(lengths) if length + max_new_tokens > context]
     if long:
-        raise ValueError(
+        raise BadRowsError(
             f"{len(long)} of {len(lengths)} prompts leave no room for {max_new_tokens} new tokens in a context of "
             f"{context} (the first has id {dataset['prompt_id'][long[0]]!r} and {lengths[long[0]]} tokens); remove "
             "them or lower max_new_tokens"

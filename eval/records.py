@@ -20,6 +20,10 @@ class WorkError(RuntimeError):
     """The work on some rows failed; the message says how many are done and where they are."""
 
 
+class BadRowsError(ValueError):
+    """The rows are at fault, not the work: every process finds the same in them, and trying again is no use."""
+
+
 def row_key(row: Row) -> Key:
     return row["prompt_id"], row["sample"]
 
@@ -116,7 +120,7 @@ def complete_rows(
         description: Label of the progress bar.
 
     Raises:
-        ValueError: Two jobs have the same prompt_id and sample.
+        ValueError: Two jobs have the same prompt_id and sample, or `work` says that the rows are bad.
         WorkError: `work` failed on some process. All of them stop, and the rows that are done stay on disk.
     """
     keys = [row_key(job) for job in jobs]
@@ -182,6 +186,8 @@ def _stop_together(
     failure: Exception | None, description: str, done: int, earlier: int, total: int, path: Path | None, state: Any
 ) -> None:
     """End all processes if the work of one has failed; the others would wait for its rows."""
+    if isinstance(failure, BadRowsError):
+        raise failure
     own = [(state.process_index, None if failure is None else f"{type(failure).__name__}: {failure}", done)]
     ranks = gather_object(own) if state.num_processes > 1 else own
     failed = [(rank, error) for rank, error, _ in ranks if error is not None]

