@@ -7,8 +7,8 @@ from typing import Any
 from eval.judges import Judge
 from eval.records import Row, fingerprint, read_jsonl, row_key
 from eval.selection import Selection, best_of_n_kl
-from reward.data import is_messages
 from reward.source_specs import read_source_spec
+from reward.tables import is_messages
 
 REQUIRED: dict[str, tuple[type, ...]] = {
     "prompt_id": (str,),

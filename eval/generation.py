@@ -28,7 +28,7 @@ from transformers import (
 
 from eval.policies import LoadedPolicy, load_policy
 from eval.records import BadRowsError, Row, complete_rows, fingerprint, source_identity
-from reward.data import check_prompts
+from reward.tables import check_prompts
 from rlhf.losses import k1, k3, token_logprobs
 from rlhf.masking import completion_mask_from_ids
 from rlhf.models import stop_token_ids

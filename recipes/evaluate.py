@@ -36,7 +36,7 @@ from eval.policies import check_source
 from eval.records import read_seconds, write_text
 from eval.report import Measurement, PolicyResult, build_report, terminal_table, write_report
 from eval.tail import Threshold, absolute_threshold, frozen_threshold
-from reward.data import read_dataset
+from reward.tables import read_dataset
 from rlhf.command_line import run
 from rlhf.preflight import check_launch
 

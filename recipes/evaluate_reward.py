@@ -38,8 +38,9 @@ from eval.reward_report import (
     reward_table,
     without_nan,
 )
-from reward.data import load_ratings, read_dataset
+from reward.data import load_ratings
 from reward.loading import load_tokenizer
+from reward.tables import read_dataset
 from rlhf.command_line import run
 from rlhf.preflight import check_launch
 from rlhf.reward_function import RiskReward

@@ -15,8 +15,8 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
-from reward.data import check_prompts, read_dataset
 from reward.source_specs import read_source_spec
+from reward.tables import check_prompts, read_dataset
 from rlhf.attributes import build_objectives
 from rlhf.command_line import run
 from rlhf.config import PPOConfig

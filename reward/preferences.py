@@ -20,15 +20,13 @@ from trl import extract_prompt, is_conversational
 
 from reward.data import (
     RatingCollator,
-    is_messages,
     normalise_text,
     pad_ratings,
-    read_dataset,
     render_conversation,
-    select_split,
     split_of,
     tokenize_texts,
 )
+from reward.tables import is_messages, read_dataset, select_split
 
 FEATURES = Features(
     {

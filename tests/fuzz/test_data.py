@@ -14,8 +14,9 @@ from eval.completions import candidates, read_completions, read_pairs
 from eval.generation import as_prompt_dataset
 from eval.preferences import preference_pairs
 from eval.records import read_jsonl, read_seconds, write_jsonl
-from reward.data import load_ratings, rating_dataset, rating_row, read_dataset
+from reward.data import load_ratings, rating_dataset, rating_row
 from reward.preferences import load_preferences, preference_row
+from reward.tables import read_dataset
 
 PPO = load_recipe("ppo")
 
