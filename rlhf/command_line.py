@@ -14,6 +14,7 @@ import yaml
 from trl import TrlParser
 
 from rlhf.nonfinite import NonFiniteError
+from rlhf.operator_builds import check_builds
 from rlhf.reward_calls import RewardError
 
 YES_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -153,6 +154,7 @@ def one_line_errors() -> Iterator[None]:
 def run(main: Callable[..., None], groups: Sequence[type] | type, description: str | None, *flags: str) -> None:
     """What a recipe does when it is started: settings, then `main` with one argument per group."""
     with one_line_errors():
+        check_builds()
         main(*RecipeParser(groups, description=description).parse_args_and_config(list(flags) or None))
 
 

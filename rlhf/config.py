@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from rlhf.operator_builds import check_builds
+
 
 def _setting(default: Any, text: str) -> Any:
     # argparse reads "%" as a format character, and a bare one breaks `--help`.
@@ -153,6 +155,7 @@ class PPOConfig(_BaseConfig):
         if self.bf16 is None:
             # bfloat16 autocast without hardware for it recasts the weights in every layer: slower than float32.
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available()
+        check_builds(self)
         super().__post_init__()
         self._check_ranges()
 

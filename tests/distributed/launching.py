@@ -32,13 +32,13 @@ def cpu_config(name: str, folder: Path, ranks: int, **changes: object) -> Path:
     return path
 
 
-def launch(config: Path, *command: object, timeout: int = 900) -> str:
+def launch(config: Path, *command: object, timeout: int = 400) -> str:
     """Run `accelerate launch`; its output, or a failed assertion that shows it."""
     process = start(config, *command, port=free_port())
     return finish(process, timeout)
 
 
-def launch_machines(config: Path, *command: object, machines: int = 2, timeout: int = 900) -> str:
+def launch_machines(config: Path, *command: object, machines: int = 2, timeout: int = 400) -> str:
     """Run `accelerate launch` once for each machine, with its rank, all of them on this one; output of the first."""
     port = free_port()
     started = [start(config, *command, port=port, options=("--machine_rank", rank)) for rank in range(machines)]
@@ -81,6 +81,7 @@ def finish(process: subprocess.Popen, timeout: int) -> str:
     except subprocess.TimeoutExpired:
         # The launcher ends its ranks; killed outright it would leave them behind.
         process.terminate()
-        raise
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {timeout} s:\n{output[-6000:]}") from None
     assert process.returncode == 0, output[-6000:]
     return output
