@@ -340,7 +340,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=default, help="Default: all but mixed.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(ALL_SEEDS), help="Of the trainings: 1 2 3.")
     parser.add_argument("--rollouts", type=int, default=22, help="Of each training. Default: 22.")
-    parser.add_argument("--kl_target", type=float, default=6.0, help="Nats per completion, for all arms. Default: 6.")
+    parser.add_argument("--kl_target", type=float, default=4.0, help="Nats per completion, for all arms. Default: 4.")
     parser.add_argument("--prompts", type=int, default=288, help="Held-out prompts. Default: 288.")
     parser.add_argument("--num_samples", type=int, default=2, help="Completions of each. Default: 2.")
     parser.add_argument("--constraint_bound", type=float, help="C of the constraint. Default: read off the mean arm.")

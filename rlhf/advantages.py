@@ -9,6 +9,7 @@ from rlhf.losses import LOG_RATIO_BOUND, kl_estimate
 from rlhf.masking import last_token_index, select
 
 KL_ERROR_BOUND = 0.2
+KL_RESPONSE_BOUND = 4.0
 
 
 def token_rewards(
@@ -118,3 +119,25 @@ def next_kl_coef(kl_coef: float, observed_kl: float, target: float, horizon: flo
         return kl_coef
     error = min(max(observed_kl / target - 1, -KL_ERROR_BOUND), KL_ERROR_BOUND)
     return kl_coef * (1 + error * min(n / horizon, 1.0))
+
+
+def kl_response(observed_kl: float, target: float, gain: float) -> float:
+    """Factor of the KL coefficient that answers the last rollout at once, beside the slow `next_kl_coef`.
+
+        f = clip(KL / target, 1/4, 4)^gain
+
+    The policy's KL follows the coefficient with a delay of several rollouts. A controller that only accumulates the
+    error overshoots such a system or takes very small steps; an answer in proportion to the error damps it. On target
+    the factor is 1, so where the KL comes to rest does not depend on it.
+
+    Args:
+        observed_kl: As in `next_kl_coef`; NaN answers 1.
+        target: KL to hold, > 0.
+        gain: 0 never answers; 1 doubles the penalty at twice the target.
+
+    Returns:
+        f, between 4^-gain and 4^gain.
+    """
+    if math.isnan(observed_kl):
+        return 1.0
+    return min(max(observed_kl / target, 1 / KL_RESPONSE_BOUND), KL_RESPONSE_BOUND) ** gain

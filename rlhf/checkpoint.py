@@ -22,6 +22,7 @@ class PPOState:
 
     kl_coef: float
     tail_threshold: float | None
+    kl_response: float = 1.0  # factor of kl_coef that answers the last rollout
     rollouts: int = 0  # rollouts collected
     position: int = 0  # micro-batches of the current rollout already used
 

@@ -92,6 +92,11 @@ class PPOConfig(_BaseConfig):
         None, "Target of the KL per completion, in nats. Set: the coefficient adapts (Ziegler et al. 2019)."
     )
     kl_horizon: int = _setting(10_000, "Completions over which the adaptive coefficient reacts.")
+    kl_gain: float = _setting(
+        0.0,
+        "Power of KL / kl_target by which the adaptive coefficient also answers each rollout at once, against "
+        "overshoot in short runs; 0: not at all, as in the paper.",
+    )
 
     # PPO
     num_ppo_epochs: int = _setting(4, "Passes over each rollout.")
@@ -184,6 +189,8 @@ class PPOConfig(_BaseConfig):
         _require(
             self.kl_target is None or self.kl_coef > 0, "kl_coef", "above 0 when kl_target adapts it", self.kl_coef
         )
+        _require(0 <= self.kl_gain <= 4, "kl_gain", "in [0, 4]", self.kl_gain)
+        _require(self.kl_gain == 0 or self.kl_target is not None, "kl_gain", "0 without kl_target", self.kl_gain)
         _require(self.critic_warmup_rollouts >= 0, "critic_warmup_rollouts", "0 or more", self.critic_warmup_rollouts)
         # The 10 % quantile, which is logged, lies below the lowest of four midpoints.
         _require(self.critic_quantiles >= 5, "critic_quantiles", "at least 5", self.critic_quantiles)

@@ -17,7 +17,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rlhf import models
-from rlhf.advantages import gae, next_kl_coef, token_rewards
+from rlhf.advantages import gae, kl_response, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
@@ -159,7 +159,8 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         # An excluded completion keeps its row, so that every rank does the same number of passes, but no token.
         completion_mask = completion_mask & scores.isfinite().unsqueeze(1)
         log_ratio = policy.logprobs - reference.logprobs
-        rewards = token_rewards(scores, log_ratio, completion_mask, self.ppo_state.kl_coef, self.args.kl_estimator)
+        kl_coef = self.ppo_state.kl_coef * self.ppo_state.kl_response
+        rewards = token_rewards(scores, log_ratio, completion_mask, kl_coef, self.args.kl_estimator)
         if self.args.whiten_rewards:
             rewards = scale_only(rewards, completion_mask, all_sum=self._all_sum)
         advantages, returns = gae(rewards, policy.values, completion_mask, self.args.gamma, self.args.gae_lambda)
@@ -384,10 +385,11 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         for name, value in score_summary(gathered, state.tail_threshold).items():
             metrics.add(name, value)
         add_rollout_metrics(metrics, log_ratio, mask, finished)
-        metrics.add("kl/coef", state.kl_coef)
+        metrics.add("kl/coef", state.kl_coef * state.kl_response)
         if args.kl_target is not None:
             kl = masked_mean(masked_sum(log_ratio, mask, dim=1), scores.isfinite(), all_sum=self._all_sum).item()
             state.kl_coef = next_kl_coef(state.kl_coef, kl, args.kl_target, args.kl_horizon, len(gathered))
+            state.kl_response = kl_response(kl, args.kl_target, args.kl_gain)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the averages since the last log."""

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.advantages import gae, next_kl_coef, token_rewards
+from rlhf.advantages import gae, kl_response, next_kl_coef, token_rewards
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 POISONS = [math.nan, math.inf, -math.inf, 1e30]
@@ -265,3 +265,36 @@ def test_kl_coef_stays_positive_for_a_batch_beyond_the_horizon():
 def test_kl_targets_and_horizons_must_be_positive(target, horizon):
     with pytest.raises(ValueError, match="must be positive"):
         next_kl_coef(0.1, 1.0, target=target, horizon=horizon, n=1)
+
+
+@pytest.mark.parametrize(
+    ("observed", "gain", "expected"),
+    [
+        (6.0, 1.0, 1.0),
+        (12.0, 1.0, 2.0),
+        (12.0, 0.5, math.sqrt(2)),
+        (2.0, 2.0, 1 / 9),
+        (60.0, 1.0, 4.0),  # clipped
+        (-1.0, 1.0, 0.25),
+        (12.0, 0.0, 1.0),
+        (math.nan, 1.0, 1.0),
+    ],
+)
+def test_kl_response_by_hand(observed, gain, expected):
+    assert kl_response(observed, 6.0, gain) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_response_damps_a_system_that_lags():
+    # KL moves a quarter of the way to 0.6 / (coefficient in force) each rollout; the target 6 is held at 0.1.
+    def highest(gain: float) -> tuple[float, float]:
+        kl, kl_coef, factor, seen = 0.0, 0.03, 1.0, []
+        for _ in range(400):
+            kl += (0.6 / (kl_coef * factor) - kl) / 4
+            kl_coef = next_kl_coef(kl_coef, kl, target=6.0, horizon=24, n=12)
+            factor = kl_response(kl, 6.0, gain)
+            seen.append(kl)
+        return max(seen), seen[-1]
+
+    (without, _), (with_it, rests_at) = highest(0.0), highest(1.0)
+    assert rests_at == pytest.approx(6.0, rel=1e-6)
+    assert with_it - 6 < 0.8 * (without - 6)

@@ -1,6 +1,7 @@
 """The trainer against what it must not change: the gradient, a resumed run, the reference, a completion's numbers."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig
 from tiny import PROMPTS, count_good, logged, tiny_config, tiny_llama, tiny_prompts, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from rlhf.advantages import token_rewards
 from rlhf.reward_calls import RewardError
 from rlhf.rollout import Rollout
 from rlhf.trainer import PPOTrainer
@@ -303,6 +305,20 @@ def test_adaptive_kl_follows_the_observed_kl(tmp_path):
     assert coefficients[0] == 0.1
     for before, after, kl in zip(coefficients, coefficients[1:], kls, strict=False):
         assert (after > before) == (kl > 0.01)
+
+
+def test_the_coefficient_in_force_answers_the_last_rollout(tmp_path):
+    settings = {"kl_target": 0.01, "kl_coef": 0.1, "kl_horizon": 10**9, "max_steps": 8, "learning_rate": 1e-2}
+    trainer = tiny_trainer(tmp_path, kl_gain=1.0, **settings)
+    charged = []
+    with mock.patch("rlhf.trainer.token_rewards", side_effect=lambda *a: charged.append(a[3]) or token_rewards(*a)):
+        trainer.train()
+    kls = logged(trainer, "kl/reference")
+    # The accumulating controller stands still under so long a horizon; what moves is the answer.
+    expected = [0.1, *(0.1 * min(max(kl / 0.01, 0.25), 4) for kl in kls[:-1])]
+    assert charged == pytest.approx(expected, rel=1e-4)
+    assert max(expected) > 0.11
+    assert logged(trainer, "kl/coef") == pytest.approx(charged, rel=1e-6)
 
 
 def test_saved_policy_is_a_plain_checkpoint_with_the_critic_beside_it(tmp_path):
