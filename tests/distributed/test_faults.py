@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
     ("config", "kind", "stage", "faults"),
     [
         ("ddp_cpu", "MULTI_CPU", None, ("empty", "exclude", "raise", "too_large")),
+        ("zero2", "DEEPSPEED", 2, ("empty", "exclude", "raise", "too_large")),
     ],
 )
 def test_a_fault_on_one_rank_is_a_fault_of_both(tmp_path, config, kind, stage, faults):
