@@ -1,11 +1,12 @@
 """What a PPO run must remember beside weights, optimiser, scheduler and random states."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +26,32 @@ class PPOState:
     kl_response: float = 1.0  # factor of kl_coef that answers the last rollout
     rollouts: int = 0  # rollouts collected
     position: int = 0  # micro-batches of the current rollout already used
+
+    def check(self, micro_batches: int) -> None:
+        """Refuse what no run can have written.
+
+        Args:
+            micro_batches: that use one rollout.
+
+        Raises:
+            ValueError: with the field.
+        """
+        for name in ("kl_coef", "kl_response", "tail_threshold"):
+            value = getattr(self, name)
+            if not (_is_number(value) or (name == "tail_threshold" and value is None)):
+                raise ValueError(f"{name} is {value!r}, not a finite number")
+        if self.kl_coef < 0 or self.kl_response < 0:
+            raise ValueError(f"a KL coefficient below 0: {self.kl_coef} * {self.kl_response}")
+        for name in ("rollouts", "position"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}, not a number of rollouts or micro-batches")
+        if self.position >= micro_batches:
+            raise ValueError(f"position is {self.position}, but {micro_batches} micro-batches use a rollout")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def layout(args: PPOConfig, world_size: int, uses_peft: bool) -> dict[str, object]:
@@ -62,20 +89,29 @@ def save_state(
 
 
 def load_state(
-    directory: str | Path, settings: dict, rank: int, device: torch.device
+    directory: str | Path, settings: dict, rank: int, device: torch.device, args: PPOConfig
 ) -> tuple[PPOState, Rollout | None, list[dict]]:
     """Read what `save_state` wrote: the algorithm's state, the rollout in use, and that of the reward functions.
 
+    Args:
+        directory: of the checkpoint.
+        settings: this run's `layout`.
+        rank: of this process.
+        device: for the rollout.
+        args: this run's settings.
+
     Raises:
-        ValueError: no PPO checkpoint, or one of a run with another layout.
+        ValueError: no PPO checkpoint, one of a run with another layout, or values that no run can have written.
     """
     folder = Path(directory)
     check_resumable(folder, settings)
     content = json.loads((folder / STATE_FILE).read_text())
     state, rollout = PPOState(**content["state"]), None
+    state.check(args.updates_per_rollout * args.gradient_accumulation_steps)
     if state.position > 0:
         tensors = load_file(folder / f"rollout_{rank}.safetensors")
         rollout = Rollout(**{name: tensor.to(device) for name, tensor in tensors.items()})
+        rollout.check(args.rollout_size)
     return state, rollout, content["reward_functions"]
 
 
@@ -88,7 +124,10 @@ def check_resumable(directory: str | Path, settings: dict) -> None:
     path = Path(directory) / STATE_FILE
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint of PPOTrainer ({STATE_FILE} is missing).")
-    saved = json.loads(path.read_text())["layout"]
+    try:
+        saved = dict(json.loads(path.read_text())["layout"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the state of a run ({type(error).__name__}: {error}).") from error
     different = [f"{k}: {saved.get(k)!r} saved, {v!r} now" for k, v in settings.items() if saved.get(k) != v]
     if different:
         raise ValueError(f"{directory} belongs to a run with other settings ({'; '.join(different)}).")
@@ -115,14 +154,21 @@ def load_weights(module: ActorCritic, directory: str | Path) -> None:
         ValueError: policy or critic weights are missing or belong to another model.
     """
     if hasattr(module.policy, "peft_config"):
-        set_peft_model_state_dict(module.policy, load_peft_weights(str(directory), device="cpu"))
+        given = load_peft_weights(str(directory), device="cpu")
+        wanted = set(get_peft_model_state_dict(module.policy))
+        if set(given) != wanted:
+            different = sorted(set(given) ^ wanted)
+            raise ValueError(f"{directory} holds another adapter; differing tensors: {', '.join(different[:5])} ...")
+        set_peft_model_state_dict(module.policy, given)
     else:
         files = sorted(Path(directory).glob("model*.safetensors"))
         if not files:
             raise ValueError(f"{directory} holds no policy weights (model*.safetensors).")
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        unknown = module.policy.load_state_dict(weights, strict=False).unexpected_keys
-        if unknown:
-            raise ValueError(f"{directory} holds weights of another model, e.g. {unknown[0]}.")
+        missing, unknown = module.policy.load_state_dict(weights, strict=False)
+        # A tied tensor is stored once.
+        missing = set(missing) - set(module.policy.all_tied_weights_keys)
+        if missing or unknown:
+            raise ValueError(f"{directory} holds weights of another model, e.g. {sorted({*missing, *unknown})[0]}.")
         module.policy.tie_weights()
     module.load_critic(directory)

@@ -252,7 +252,11 @@ class DualAscent:
         own = [constraint.spec for constraint in self.constraints]
         if state["constraints"] != own:
             raise ValueError(f"the checkpoint holds multipliers for {state['constraints']}, this run has {own}")
-        self._log, self._scales = list(state["log"]), [list(pair) for pair in state["scales"]]
+        logs = [float(log) for log in state["log"]]
+        scales = [[float(total), float(weight)] for total, weight in state["scales"]]
+        if (len(logs), len(scales)) != (len(self._log), len(self._scales)):
+            raise ValueError(f"{len(logs)} multipliers and {len(scales)} scales for {len(own)} constraints")
+        self._log, self._scales = logs, scales
 
 
 def _spread(values: Tensor) -> float:

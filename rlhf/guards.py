@@ -116,7 +116,7 @@ class RiskGuards:
         return {"in_row": dict(self._in_row), "said": sorted(self._said)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        self._in_row, self._said = dict(state["in_row"]), set(state["said"])
+        self._in_row, self._said = {str(name): int(n) for name, n in state["in_row"].items()}, set(state["said"])
 
 
 def smallest_alpha(measure: RiskMeasure) -> float:

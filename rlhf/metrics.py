@@ -50,7 +50,8 @@ class MetricAverages:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Continue from what `state_dict` gave."""
-        self._sums = defaultdict(lambda: [0.0, 0.0], {name: list(pair) for name, pair in state.items()})
+        sums = {name: [float(total), float(weight)] for name, (total, weight) in state.items()}
+        self._sums = defaultdict(lambda: [0.0, 0.0], sums)
 
 
 def gather_objects(item: object, accelerator: Accelerator) -> list:

@@ -72,9 +72,16 @@ class PopulationTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Continue from what `state_dict` gave, bit by bit: JSON keeps a float64 whole."""
-        self.decay, self._weight = float(state["decay"]), float(state["weight"])
-        self._levels, self._sum = (
+        """Continue from what `state_dict` gave, bit by bit: JSON keeps a float64 whole.
+
+        Raises:
+            ValueError: levels without a law, or of another number.
+        """
+        levels, total = (
             None if state[name] is None else torch.tensor(state[name], dtype=torch.float64)
             for name in ("levels", "sum")
         )
+        if (levels is None) != (total is None) or (levels is not None and levels.shape != total.shape):
+            raise ValueError("the levels and the law of the population do not belong together")
+        self.decay, self._weight = float(state["decay"]), float(state["weight"])
+        self._levels, self._sum = levels, total

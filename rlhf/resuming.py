@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from rlhf import durability
@@ -76,6 +77,10 @@ class DurableCheckpoints:
         if self.accelerator.is_main_process:
             try:
                 found = (*durability.checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir), None)
+                if found[0] is not None:
+                    check_resumable(found[0], self._layout())
+                    with _reading(found[0]):
+                        _check_trainer_state(found[0])
             except ValueError as error:
                 found = (None, [], str(error))
         checkpoint, messages, error = gather_objects(found, self.accelerator)[0]
@@ -274,41 +279,74 @@ class DurableCheckpoints:
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        check_resumable(resume_from_checkpoint, self._layout())
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_weights(model or self.model, resume_from_checkpoint)
+        with _reading(resume_from_checkpoint):
+            if self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            load_weights(model or self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
-            if not self.is_deepspeed_enabled:
-                self.optimizer.load_state_dict(load_tree(Path(checkpoint, "optimizer.safetensors")))
-            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint, "scheduler.safetensors")))
-        self.ppo_state, self._rollout, rewards = load_state(
-            checkpoint, self._layout(), self.accelerator.process_index, self.accelerator.device
-        )
-        self.reward_functions.load_state_dict(rewards)
+        with _reading(checkpoint):
+            if self.is_fsdp_enabled:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            else:
+                if not self.is_deepspeed_enabled:
+                    self.optimizer.load_state_dict(load_tree(Path(checkpoint, "optimizer.safetensors")))
+                self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint, "scheduler.safetensors")))
+            accelerator = self.accelerator
+            self.ppo_state, self._rollout, rewards = load_state(
+                checkpoint, self._layout(), accelerator.process_index, accelerator.device, self.args
+            )
+            self.reward_functions.load_state_dict(rewards)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = load_tree(Path(checkpoint, f"rank_{self.accelerator.process_index}.safetensors"))
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if state["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
-        # transformers starts a resumed run as if everything before it had been logged.
-        self._tr_loss = state["loss_since_log"].to(self.args.device)
-        self._globalstep_last_logged = state["logged_step"]
-        self._train_metrics.load_state_dict(state["metrics"])
-        self.update_guard.skipped_in_a_row = state["skipped_in_a_row"]
+        with _reading(checkpoint):
+            state = load_tree(Path(checkpoint, f"rank_{self.accelerator.process_index}.safetensors"))
+            random.setstate(state["python"])
+            np.random.set_state(state["numpy"])
+            torch.set_rng_state(state["torch"])
+            if state["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state["cuda"])
+            # transformers starts a resumed run as if everything before it had been logged.
+            self._tr_loss = state["loss_since_log"].to(self.args.device)
+            self._globalstep_last_logged = int(state["logged_step"])
+            self._train_metrics.load_state_dict(state["metrics"])
+            self.update_guard.skipped_in_a_row = int(state["skipped_in_a_row"])
 
     def _layout(self) -> dict[str, object]:
         module = self.accelerator.unwrap_model(self.model)
         return layout(self.args, self.accelerator.num_processes, hasattr(module.policy, "peft_config"))
+
+
+@contextmanager
+def _reading(checkpoint: str | Path) -> Iterator[None]:
+    """What passes its checksums may still come from another version, or be edited and sealed again.
+
+    Raises:
+        ValueError: whatever a reader made of it, in one sentence that says what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"The checkpoint {checkpoint} is whole but cannot be loaded ({type(error).__name__}: {message}). Another "
+            "version wrote it, or it was edited. Move it away to resume from the one before, or start anew."
+        ) from error
+
+
+def _check_trainer_state(checkpoint: str | Path) -> None:
+    """What transformers reads without a look.
+
+    Raises:
+        Exception: of any kind.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    numbers = {"global_step": int, "max_steps": int, "epoch": int | float, "log_history": list}
+    for name, kind in {**numbers, "train_batch_size": int | None, "stateful_callbacks": dict}.items():
+        if not isinstance(getattr(state, name), kind):
+            raise TypeError(f"{name} in trainer_state.json is {getattr(state, name)!r:.80}")

@@ -45,6 +45,23 @@ class Rollout:
         cut |= {name: getattr(self, name)[:, text] for name in ("input_ids", "attention_mask")}
         return Rollout(**by_row, **cut)
 
+    def check(self, rows: int) -> None:
+        """Refuse tensors that are no rollout of so many rows.
+
+        Raises:
+            ValueError: with the tensor's name.
+        """
+        width, num_tokens = self.input_ids.shape[-1], self.completion_mask.shape[-1]
+        for name, tensor in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            text, by_row = name in ("input_ids", "attention_mask"), name in ("finished", "scores")
+            shape = (rows,) if by_row else (rows, width if text else num_tokens)
+            if name in ("attention_mask", "completion_mask", "finished"):
+                fits = tensor.dtype == torch.bool
+            else:
+                fits = tensor.dtype == torch.int64 if name == "input_ids" else tensor.is_floating_point()
+            if not fits or tensor.shape != shape or num_tokens > width:
+                raise ValueError(f"{name} of the rollout is {tensor.dtype} of shape {tuple(tensor.shape)}")
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors by name, for a checkpoint taken while the rollout is in use."""
         return {f.name: getattr(self, f.name).cpu().contiguous() for f in fields(self)}

@@ -82,9 +82,11 @@ def test_a_second_rank_leaves_the_deleting_to_the_first(lock, monkeypatch, caplo
     assert caplog.text == ""
 
 
-def test_nothing_built_yet_is_nothing_to_do(tmp_path, monkeypatch):
+def test_nothing_built_yet_is_nothing_to_do(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     clear_abandoned_builds()
+    assert caplog.text == ""
+    assert not (tmp_path / "none").exists()
 
 
 def test_only_a_launch_of_deepspeed_looks_for_locks(lock, tmp_path, monkeypatch):

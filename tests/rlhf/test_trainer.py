@@ -187,9 +187,12 @@ def test_a_completion_does_not_depend_on_its_neighbours(tmp_path):
         torch.testing.assert_close(alone.values[0][mask], together.values[row][mask], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("stop", [3, 4], ids=["inside a rollout", "between rollouts"])
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "lora"), [(3, False), (4, False), (3, True)], ids=["inside a rollout", "between rollouts", "adapter"]
+)
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, lora):
     settings = {"num_ppo_epochs": 2, "max_steps": 9, "kl_target": 0.5, "num_mini_batches": 1, "max_grad_norm": 0.5}
+    settings |= {"kl_gain": 1.0, "peft_config": LoraConfig(task_type="CAUSAL_LM", r=2) if lora else None}
     through = tiny_trainer(tmp_path / "a", **settings)
     through.train()
 
