@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class PPOState:
     tail_threshold: float | None
     kl_response: float = 1.0  # factor of kl_coef that answers the last rollout
     rollouts: int = 0  # rollouts collected
+    score_moments: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # see scoring.normalized_scores
     position: int = 0  # micro-batches of the current rollout already used
 
     def check(self, micro_batches: int) -> None:
@@ -40,6 +41,9 @@ class PPOState:
             value = getattr(self, name)
             if not (_is_number(value) or (name == "tail_threshold" and value is None)):
                 raise ValueError(f"{name} is {value!r}, not a finite number")
+        moments = self.score_moments
+        if not (isinstance(moments, list) and len(moments) == 3 and all(map(_is_number, moments))):
+            raise ValueError(f"score_moments is {moments!r:.80}, not three numbers")
         if self.kl_coef < 0 or self.kl_response < 0:
             raise ValueError(f"a KL coefficient below 0: {self.kl_coef} * {self.kl_response}")
         for name in ("rollouts", "position"):

@@ -66,6 +66,11 @@ class PPOConfig(_BaseConfig):
     reward_clip_range: list[float] | None = _setting(
         None, "Lower and upper clip of the score. Off by default: a clip hides the tail that risk measures look at."
     )
+    normalize_scores: bool = _setting(
+        False,
+        "Shift and scale the scores of a rollout by their running mean and standard deviation, so that measures of "
+        "any level and scale mean the same to the KL penalty and to the critic. Logs keep the scores as they are.",
+    )
     nonfinite_rewards: str = _setting(
         "exclude", "A NaN or infinite reward: 'exclude' the completion and count it, or 'raise'."
     )

@@ -38,7 +38,7 @@ from rlhf.rollout import (
     tokenize_prompts,
     write_completions,
 )
-from rlhf.scoring import RewardFunctions, shape_scores
+from rlhf.scoring import RewardFunctions, normalized_scores, shape_scores
 from rlhf.trackers import guard_trackers
 
 
@@ -159,8 +159,12 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         # An excluded completion keeps its row, so that every rank does the same number of passes, but no token.
         completion_mask = completion_mask & scores.isfinite().unsqueeze(1)
         log_ratio = policy.logprobs - reference.logprobs
-        kl_coef = self.ppo_state.kl_coef * self.ppo_state.kl_response
-        rewards = token_rewards(scores, log_ratio, completion_mask, kl_coef, self.args.kl_estimator)
+        kl_coef, rated = self.ppo_state.kl_coef * self.ppo_state.kl_response, scores
+        if self.args.normalize_scores:
+            rated, self.ppo_state.score_moments = normalized_scores(
+                scores, self.ppo_state.score_moments, self._all_sum
+            )
+        rewards = token_rewards(rated, log_ratio, completion_mask, kl_coef, self.args.kl_estimator)
         if self.args.whiten_rewards:
             rewards = scale_only(rewards, completion_mask, all_sum=self._all_sum)
         advantages, returns = gae(rewards, policy.values, completion_mask, self.args.gamma, self.args.gae_lambda)

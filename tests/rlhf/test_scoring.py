@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from rlhf.metrics import MetricAverages
 from rlhf.reward_calls import RewardError
-from rlhf.scoring import RewardFunctions, shape_scores
+from rlhf.scoring import RewardFunctions, normalized_scores, shape_scores
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["a", "bb", "ccc"]
 
@@ -128,3 +128,31 @@ def test_clip_above_the_tail_warns_of_nothing(tmp_path):
 def test_nonfinite_rewards_name_their_prompt(tmp_path):
     with pytest.raises(RewardError, match="1 of 3 rewards are NaN or infinite, the first for prompt 'q'"):
         shaped(tmp_path, [0.0, -math.inf, 1.0], [True] * 3, nonfinite_rewards="raise")
+
+
+def test_normalized_scores_by_hand():
+    def alone(total):
+        return total
+
+    # Mean 1, mean square 5: variance 4. The failed one neither counts nor changes.
+    scores, moments = normalized_scores(torch.tensor([-1.0, 3.0, math.nan]), [0.0, 0.0, 0.0], alone, decay=0.5)
+    assert scores[:2].tolist() == [-1.0, 1.0]
+    assert scores[2].isnan()
+    assert moments == [1.0, 1.0, 5.0]
+    # Weights 0.5 and 1: mean (0.5 * 1 + 4) / 1.5 = 3, mean square (0.5 * 5 + 20) / 1.5 = 15, variance 6.
+    scores, moments = normalized_scores(torch.tensor([2.0, 6.0]), moments, alone, decay=0.5)
+    assert moments == [1.5, 4.5, 22.5]
+    assert scores.tolist() == pytest.approx([-1 / math.sqrt(6), 3 / math.sqrt(6)])
+    # Nothing but failures: nothing is learnt.
+    failed, same = normalized_scores(torch.tensor([math.nan]), moments, alone, decay=0.5)
+    assert same == moments
+    assert failed.isnan().all()
+
+
+def test_equal_scores_are_only_shifted():
+    scores, moments = normalized_scores(torch.tensor([0.1, 0.1]), [0.0] * 3, lambda total: total)
+    assert scores.tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+    scores, _ = normalized_scores(torch.tensor([0.1, 0.1]), moments, lambda total: total)
+    assert scores.tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+    scores, _ = normalized_scores(torch.tensor([math.nan]), [0.0] * 3, lambda total: total)
+    assert scores.isnan().all()

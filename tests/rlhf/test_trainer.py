@@ -509,3 +509,22 @@ def test_a_launch_for_gpus_without_one_is_refused(tmp_path, monkeypatch):
 def test_settings_out_of_range_are_named(tmp_path, setting, value):
     with pytest.raises(ValueError, match=f"{setting} must be"):
         tiny_config(tmp_path, **{setting: value})
+
+
+def test_level_and_scale_of_the_scores_mean_nothing_to_a_normalized_run(tmp_path):
+    def stretched(prompts, completions, **columns):
+        return [1000 * score - 7000 for score in count_good(prompts, completions)]
+
+    settings = {"normalize_scores": True, "max_steps": 4}
+    plain = tiny_trainer(tmp_path / "plain", **settings)
+    plain.train()
+    other = tiny_trainer(tmp_path / "other", reward=stretched, **settings)
+    other.train()
+    assert_same(weights(plain), weights(other), atol=1e-5)
+    # What is logged is the score itself.
+    raw = [1000 * score - 7000 for score in logged(plain, "reward/score_mean")]
+    assert logged(other, "reward/score_mean") == pytest.approx(raw, rel=1e-5)
+    control = tiny_trainer(tmp_path / "control", reward=stretched, max_steps=4)
+    control.train()
+    with pytest.raises(AssertionError):
+        assert_same(weights(plain), weights(control), atol=1e-5)
