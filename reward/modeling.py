@@ -22,12 +22,12 @@ from reward.distribution import RewardDistribution
 from reward.heads import attribute_gate, ordered_quantiles, outputs_of_ordered, quantile_head, sum_attributes
 from reward.loading import load_config, load_model
 from reward.objectives import pinball_loss
-from reward.output import HUB_ARGUMENTS, QRMOutput
+from reward.output import HUB_ARGUMENTS, QRMOutput, QuantileLaws
 from reward.released import load_released
 from reward.released_model import ReleasedRewardModel, gate_columns
 
 
-class QRMForSequenceClassification(PreTrainedModel):
+class QRMForSequenceClassification(QuantileLaws, PreTrainedModel):
     """A reward model that answers with a distribution over ratings instead of one number.
 
         attribute quantiles   q_a = sort(head_a(h))
@@ -148,19 +148,6 @@ class QRMForSequenceClassification(PreTrainedModel):
             ValueError: the files do not fit a published layout; the message names the tensors.
         """
         return load_released(checkpoint, **kwargs)
-
-    @property
-    def levels(self) -> Tensor:
-        """(K,) quantile levels, float32, on the CPU."""
-        return torch.tensor(self.config.quantile_levels, dtype=torch.float32)
-
-    def distribution(self, output: QRMOutput) -> RewardDistribution:
-        """The aggregate law of each text; its mean is `output.score`."""
-        return RewardDistribution(levels=self.levels, values=output.quantiles)
-
-    def attribute_distribution(self, output: QRMOutput) -> RewardDistribution:
-        """The law of each attribute of each text, batch shape (B, A)."""
-        return RewardDistribution(levels=self.levels, values=output.attribute_quantiles)
 
     def forward(
         self,

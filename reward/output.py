@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
+
+from reward.distribution import RewardDistribution
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -38,3 +41,20 @@ class QRMOutput(ModelOutput):
     attribute_quantiles: Tensor | None = None
     attribute_weights: Tensor | None = None
     crossing_rate: Tensor | None = None
+
+
+class QuantileLaws:
+    """What a model with `config.quantile_levels` says, as laws of ratings."""
+
+    @property
+    def levels(self) -> Tensor:
+        """(K,) quantile levels, float32, on the CPU."""
+        return torch.tensor(self.config.quantile_levels, dtype=torch.float32)
+
+    def distribution(self, output: QRMOutput) -> RewardDistribution:
+        """The aggregate law of each text. Its mean is `output.score`, or as close as the model's class says."""
+        return RewardDistribution(levels=self.levels, values=output.quantiles)
+
+    def attribute_distribution(self, output: QRMOutput) -> RewardDistribution:
+        """The law of each attribute of each text, batch shape (B, A)."""
+        return RewardDistribution(levels=self.levels, values=output.attribute_quantiles)

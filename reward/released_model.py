@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from reward.distribution import RewardDistribution, check_levels
 from reward.heads import Float32Linear, sum_attributes
-from reward.output import QRMOutput
+from reward.output import QRMOutput, QuantileLaws
 
 
 class ReleasedConfig(PreTrainedConfig):
@@ -86,7 +86,7 @@ class ReleasedConfig(PreTrainedConfig):
             )
 
 
-class ReleasedRewardModel(PreTrainedModel):
+class ReleasedRewardModel(QuantileLaws, PreTrainedModel):
     """A published reward model: the law of each attribute, weighed by a gate that reads the prompt.
 
         gate          g = logit_scale · softmax(mlp(state at the end of the last user turn) / temperature)
@@ -140,19 +140,6 @@ class ReleasedRewardModel(PreTrainedModel):
             {name: nn.Parameter(value, requires_grad=False) for name, value in mixing.items()}
         )
         self.post_init()
-
-    @property
-    def levels(self) -> Tensor:
-        """(K,) quantile levels, float32, on the CPU."""
-        return torch.tensor(self.config.quantile_levels, dtype=torch.float32)
-
-    def distribution(self, output: QRMOutput) -> RewardDistribution:
-        """The aggregate law of each text. Its mean is close to `output.score`; the class says by how much."""
-        return RewardDistribution(levels=self.levels, values=output.quantiles)
-
-    def attribute_distribution(self, output: QRMOutput) -> RewardDistribution:
-        """The law of each attribute of each text, batch shape (B, A)."""
-        return RewardDistribution(levels=self.levels, values=output.attribute_quantiles)
 
     def forward(
         self,
