@@ -1,5 +1,6 @@
 # What a person types. Everything is installed into .venv; nothing else is touched.
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -48,7 +49,7 @@ format: install
 	$(BIN)/ruff check --config .ci/ruff.toml --fix .
 
 test: lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # The report is looked at in a real browser; without one, and without the right to install it, that test is skipped.
 browser:
