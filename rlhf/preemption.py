@@ -1,7 +1,9 @@
 """SIGTERM, the way in which a cluster asks for its machine back: finish the step, write a checkpoint, leave."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Self
@@ -10,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# From <linux/prctl.h>: the signal that a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
 # 128 + SIGTERM: what a shell reports for a program that the signal ended.
 EXIT_STATUS = 128 + signal.SIGTERM
 
@@ -25,7 +29,9 @@ class Preemption(TrainerCallback):
     """Watches for SIGTERM while training runs, as a context, and stops all ranks after the same step.
 
     The signal may reach one rank or all, once or often: it only leaves a note. After each optimiser step the ranks
-    add up their notes, so that none writes a checkpoint, or leaves, without the others.
+    add up their notes, so that none writes a checkpoint, or leaves, without the others. The death of the launcher
+    counts as SIGTERM too: with one rank `accelerate launch` dies of it without a word to the process below, which
+    would go on with nobody to stop it.
 
     Args:
         accelerator: of the trainer.
@@ -41,10 +47,12 @@ class Preemption(TrainerCallback):
         # Only the main thread may set a handler; in another one SIGTERM keeps its meaning.
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._take_note)
+            _signal_at_death_of_launcher(signal.SIGTERM)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._previous is not None:
+            _signal_at_death_of_launcher(0)
             # A launcher sends another one to a rank that leaves a moment later; a handler in Python would be gone by
             # then, and the rank would end by the signal.
             signal.signal(signal.SIGTERM, signal.SIG_IGN if isinstance(error, Preempted) else self._previous)
@@ -74,3 +82,9 @@ class Preemption(TrainerCallback):
             return self._signalled
         note = torch.tensor(float(self._signalled), device=self.accelerator.device)
         return self.accelerator.reduce(note, reduction="sum").item() > 0
+
+
+def _signal_at_death_of_launcher(number: int) -> None:
+    """Ask Linux for this signal, or none, when `accelerate launch` dies; a shell that ends is not meant."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))

@@ -109,8 +109,8 @@ class SmallDisk(TrainerCallback):
 
 
 if __name__ == "__main__":
-    # Launched on several ranks: each leaves its process id and its events in the folder.
-    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    # Launched: each rank leaves its process id and its events in the folder.
+    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     with (folder / f"events_{rank}").open("ab", buffering=0) as events:

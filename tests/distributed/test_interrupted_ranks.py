@@ -20,9 +20,9 @@ SETTINGS = {"max_steps": 10, "per_device_train_batch_size": 2}
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
-def wait_for_events(process, folder: Path, number: int) -> None:
-    until = time.monotonic() + 300
-    while not all(path.is_file() and path.stat().st_size >= number for path in rank_files(folder, "events")):
+def wait_for_events(process, folder: Path, number: int, ranks: int = 2) -> None:
+    until, files = time.monotonic() + 300, [folder / f"events_{rank}" for rank in range(ranks)]
+    while not all(path.is_file() and path.stat().st_size >= number for path in files):
         assert process.poll() is None, (folder / "log").read_text()[-6000:]
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -100,3 +100,19 @@ def test_a_sigterm_to_one_rank_stops_both_with_one_checkpoint(tmp_path):
     assert f"resume from {checkpoint}" in log
     assert [path.name for path in (folder / "run").iterdir()] == [checkpoint.name]
     assert {"rank_0.safetensors", "rank_1.safetensors"} <= set(files_of(checkpoint))
+
+
+def test_a_sigterm_to_the_launcher_of_one_rank_reaches_it(tmp_path):
+    folder = tmp_path / "run"
+    process = begin(cpu_config("cpu", tmp_path, 1), folder, save_strategy="no", max_steps=1000)
+    wait_for_events(process, folder, 15, ranks=1)
+    process.terminate()
+    # The launcher dies at once; its rank has a step to finish and a checkpoint to write.
+    assert process.wait(timeout=60) == -signal.SIGTERM
+    until, rank = time.monotonic() + 120, Path("/proc") / (folder / "pid_0").read_text()
+    while rank.is_dir() and "Z" not in (rank / "stat").read_text().rpartition(")")[2].split()[0]:
+        assert time.monotonic() < until, (folder / "log").read_text()[-6000:]
+        time.sleep(0.05)
+    checkpoint, skipped = newest_sound(folder / "run")
+    assert skipped == []
+    assert f"resume from {checkpoint}" in (folder / "log").read_text()
