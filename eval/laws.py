@@ -8,6 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from eval.completions import read_pairs
+from eval.records import Row
 from reward.distribution import RewardDistribution
 
 
@@ -66,6 +68,17 @@ def predicted_laws(
             f"{str(completions[broken[0]])[:60]!r}; try --dtype float32."
         )
     return RewardDistribution(levels=levels, values=values), told
+
+
+def candidate_laws(reward: PredictsLaws, groups: Sequence[Sequence[Row]]) -> RewardDistribution:
+    """The predicted law of n completions of each of P prompts, batch shape (P, n); see `completions.candidates`.
+
+    Raises:
+        ValueError: As in `predicted_laws`.
+    """
+    prompts, completions = read_pairs([row for group in groups for row in group])
+    laws, _ = predicted_laws(reward, prompts, completions, description="predict ratings")
+    return RewardDistribution(laws.levels, laws.values.reshape(len(groups), len(groups[0]), -1))
 
 
 def _length(text: str | list[dict]) -> int:

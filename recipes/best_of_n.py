@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from eval.completions import candidates, models_of, read_completions, read_pairs, selected_rows
-from eval.laws import predicted_laws
+from eval.completions import candidates, models_of, read_completions, selected_rows
+from eval.laws import candidate_laws
 from eval.records import Row, write_jsonl
 from eval.selection import MAX_ROUNDS, SCOPES, Selection, best_of_n_kl, select_best
 from reward.distribution import RewardDistribution
@@ -71,7 +71,7 @@ def main(args: SelectionArguments) -> None:
         groups = candidates(read_completions(args.completions), args.n)
         state = PartialState(cpu=True) if args.use_cpu else PartialState()
         check_launch(args)
-        laws = candidate_laws(args, groups)
+        laws = candidate_laws(reward_of(args), groups)
         selection = select_best(laws, measure, args.risk_scope, max_rounds=args.max_rounds)
     except (ValueError, OSError) as error:
         # Everything here is about the input, and the message says all.
@@ -109,9 +109,9 @@ def check_arguments(args: SelectionArguments) -> RiskMeasure:
     return measure
 
 
-def candidate_laws(args: SelectionArguments, groups: list[list[Row]]) -> RewardDistribution:
-    """The predicted law of every candidate, batch shape (P, n)."""
-    reward = RiskReward(
+def reward_of(args: SelectionArguments) -> RiskReward:
+    """The reward model that selects."""
+    return RiskReward(
         args.reward_model,
         args.risk,
         batch_size=args.batch_size,
@@ -119,9 +119,6 @@ def candidate_laws(args: SelectionArguments, groups: list[list[Row]]) -> RewardD
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    prompts, completions = read_pairs([row for group in groups for row in group])
-    laws, _ = predicted_laws(reward, prompts, completions, description="predict ratings")
-    return RewardDistribution(laws.levels, laws.values.reshape(len(groups), len(groups[0]), -1))
 
 
 def selection_table(

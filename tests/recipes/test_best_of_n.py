@@ -120,7 +120,7 @@ def test_the_selection_is_judged_beside_its_source(folder, tmp_path, capsys):
     ],
 )
 def test_bad_settings_end_in_one_line(folder, tmp_path, flags, message, monkeypatch):
-    monkeypatch.setattr(recipe, "predicted_laws", None)  # nothing may get that far
+    monkeypatch.setattr(recipe, "candidate_laws", None)  # nothing may get that far
     with pytest.raises(SystemExit, match=message) as error:
         run(folder, tmp_path / "best.jsonl", *flags)
     assert str(error.value).startswith("error: ")

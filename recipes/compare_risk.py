@@ -1,0 +1,204 @@
+"""Which risk measures can matter for a policy, a reward model and a judge: before anything is trained.
+
+    python recipes/compare_risk.py --completions runs/evaluation/completions/base.jsonl \\
+        --reward_model runs/quickstart/qrm --judge qrm:runs/quickstart/judge \\
+        --risks mean cvar:0.1 population:cvar:0.1 --output_dir runs/compare_risk
+
+The completions are those that `evaluate.py --num_samples 8` writes for the policy before training. Every measure ranks
+the completions of each prompt by its utility, in response scope or, behind `population:`, by its expected influence at
+the law of all of them; the judge, another model, says what came of it:
+
+    slope of the mean   what the policy's mean rating gains for each root of a nat of KL when it begins to follow this
+                        utility as well as any policy could
+    slope of the tail   the same for the share of readings at or below --rating_threshold, as a fall
+    best of n           that share, and the mean rating, of the completions with the highest utility, against those
+                        with the highest mean: relative changes
+
+with 95 % bootstrap intervals over prompts. Training adds its own noise to this, and what it learns about prompts that
+it has not seen. Writes compare_risk.json and the judge's scores into --output_dir.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from eval.completions import candidates, check_judge, models_of, read_completions
+from eval.intervals import check_level
+from eval.judges import judge_completions, parse_judge
+from eval.laws import candidate_laws
+from eval.records import Row, write_text
+from eval.signal import first_order_gain, prompt_draws, selected_change
+from reward.distribution import RewardDistribution
+from rlhf.command_line import run
+from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
+from rlhf.preflight import check_launch
+from rlhf.reward_function import RiskReward
+from rlhf.risk import RiskMeasure, parse_risk
+
+POPULATION = "population:"
+
+
+@dataclass
+class CompareArguments:
+    """What is compared, on what."""
+
+    completions: str = field(
+        default=None, metadata={"help": "JSONL of evaluate.py with several completions per prompt (required)."}
+    )
+    reward_model: str = field(default=None, metadata={"help": "Reward model of the training to come (required)."})
+    judge: str = field(
+        default=None,
+        metadata={"help": "Judge with laws, as in evaluate.py, that is another model: qrm: or source: (required)."},
+    )
+    risks: list[str] = field(
+        default_factory=lambda: ["cvar:0.1", "cvar:0.5", "mean_std:1", "population:cvar:0.1", "population:cvar:0.5"],
+        metadata={"help": "Risk measures; population:SPEC for population scope. The mean is always among them."},
+    )
+    rating_threshold: float = field(default=-2.0, metadata={"help": "A reading at or below it is extremely negative."})
+    output_dir: str = field(default=None, metadata={"help": "Folder to write to (required)."})
+    n: int | None = field(default=None, metadata={"help": "Completions per prompt. Unset: all that there are."})
+    confidence: float = field(default=0.95, metadata={"help": "Level of the intervals."})
+    resamples: int = field(default=2000, metadata={"help": "Bootstrap draws of prompts."})
+    seed: int = field(default=0, metadata={"help": "Of the draws."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass."})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a text. Unset: the context."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the reward model's weights."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow models that ship their own Python code."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU even where a GPU is visible."})
+
+
+def main(args: CompareArguments) -> None:
+    """Check, ask both models, compare, write."""
+    measures = check_arguments(args)
+    groups = candidates(read_completions(args.completions), args.n)
+    if len(groups[0]) < 2:
+        raise ValueError(
+            f"{args.completions} has one completion per prompt, and measures are compared within prompts; generate "
+            "more with evaluate.py --num_samples 4"
+        )
+    rows = [row for group in groups for row in group]
+    judge = parse_judge(args.judge, batch_size=args.batch_size, max_length=args.max_length)
+    if set(models_of(args.reward_model)) & set(models_of(args.judge.partition(":")[2])):
+        raise ValueError("the judge is the reward model, which cannot see its own mistakes; give another --judge.")
+    check_judge(rows, judge, args.completions)
+    state = PartialState(cpu=True) if args.use_cpu else PartialState()
+    check_launch(args)
+    reading = {"batch_size": args.batch_size, "max_length": args.max_length, "dtype": args.dtype}
+    reward = RiskReward(args.reward_model, "mean", trust_remote_code=args.trust_remote_code, **reading)
+    laws = candidate_laws(reward, groups)
+    judgement = judge_completions(judge, rows, path=Path(args.output_dir, "scores.jsonl"), name="all")
+    masses = judgement.tail_mass(args.rating_threshold)
+    shape = laws.batch_shape
+    outcomes = {"mean": judgement.scores.reshape(shape), "tail": masses.reshape(shape)}
+    if state.is_main_process:
+        table = compare(measures, laws, outcomes, args)
+        result: Row = {
+            "completions": args.completions,
+            "reward_model": args.reward_model,
+            "judge": args.judge,
+            "rating_threshold": args.rating_threshold,
+            "prompts": shape[0],
+            "n": shape[1],
+            "level": args.confidence,
+            "measures": table,
+        }
+        path = Path(args.output_dir, "compare_risk.json")
+        write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        print(f"{printed(table, result)}\n\n{path}", flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def check_arguments(args: CompareArguments) -> dict[str, tuple[str, RiskMeasure]]:
+    """Refuse what could not work before anything is loaded; scope and measure of each name, the mean first."""
+    for name in ("completions", "reward_model", "judge", "output_dir"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is required.")
+    if args.judge.partition(":")[0] not in ("qrm", "source"):
+        raise ValueError(f"--judge {args.judge} predicts no laws; the tail needs qrm:PATH or source:SPEC.")
+    if args.batch_size < 1 or args.resamples < 1:
+        raise ValueError("--batch_size and --resamples must be at least 1.")
+    check_level(args.confidence)
+    measures = {"mean": ("response", parse_risk("mean"))}
+    for name in args.risks:
+        scope = "population" if name.startswith(POPULATION) else "response"
+        measure = parse_risk(name.removeprefix(POPULATION))
+        if scope == "population":
+            check_population_scope(measure)
+        measures.setdefault(name, (scope, measure))
+    return measures
+
+
+def compare(
+    measures: dict[str, tuple[str, RiskMeasure]],
+    laws: RewardDistribution,
+    outcomes: dict[str, np.ndarray],
+    args: CompareArguments,
+) -> list[Row]:
+    """One row per measure."""
+    laws = laws.to(torch.float64)
+    population = population_law(RewardDistribution(laws.levels, laws.values.flatten(0, 1)))
+    draws = prompt_draws(laws.batch_shape[0], args.resamples, args.seed)
+    level, rows, by_mean = {"level": args.confidence}, [], None
+    for name, (scope, measure) in measures.items():
+        if scope == "response":
+            utilities = measure(laws)
+        else:
+            utilities = expected_influence(measure, laws, statistics(measure, population))
+        utilities = utilities.numpy()
+        chosen = utilities.argmax(1)
+        by_mean = chosen if by_mean is None else by_mean
+        best = {key: float(values[np.arange(len(chosen)), chosen].mean()) for key, values in outcomes.items()}
+        change = {key: selected_change(values, chosen, by_mean, draws, **level) for key, values in outcomes.items()}
+        rows.append(
+            {
+                "measure": name,
+                "slope_of_mean": first_order_gain(utilities, outcomes["mean"], draws, **level).as_dict(),
+                "slope_of_tail": first_order_gain(utilities, -outcomes["tail"], draws, **level).as_dict(),
+                "best_of_n": best,
+                "best_of_n_change": {key: gain.as_dict() for key, gain in change.items()},
+            }
+        )
+    return rows
+
+
+def printed(table: list[Row], result: Row) -> str:
+    """The rows as a table."""
+    width = max(len(row["measure"]) for row in table)
+    n, limit = result["n"], result["rating_threshold"]
+    lines = [
+        f"{result['prompts']} prompts, {n} completions each; tail: readings <= {limit:g}; by {result['judge']}",
+        "",
+        f"{'':{width}}  {'mean per √nat':>22}  {'fall of tail, points':>22}  "
+        f"{f'best of {n}: mean':>24}  {f'best of {n}: tail':>24}",
+    ]
+    for row in table:
+        cells = [
+            _cell(row["slope_of_mean"], 1, "+.2f"),
+            _cell(row["slope_of_tail"], 100, "+.2f"),
+            *(_cell(row["best_of_n_change"][key], 100, "+.0f", " %") for key in ("mean", "tail")),
+        ]
+        widths = (22, 22, 24, 24)
+        lines.append(
+            f"{row['measure']:{width}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
+        )
+    best = table[0]["best_of_n"]
+    lines += ["", f"best of {n} by the mean: mean rating {best['mean']:+.2f}, tail {best['tail']:.1%}"]
+    return "\n".join(lines)
+
+
+def _cell(gain: dict[str, float | None], scale: float, style: str, unit: str = "") -> str:
+    if gain["value"] is None:
+        return "none"
+    value, low, high = (scale * gain[name] for name in ("value", "low", "high"))
+    return f"{value:{style}}{unit} [{low:{style}}, {high:{style}}]"
+
+
+GROUPS = (CompareArguments,)
+
+if __name__ == "__main__":
+    run(main, GROUPS, __doc__)

@@ -1,0 +1,114 @@
+"""Measures compared before training, as people run it: from a completions file to a table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from distributed.launching import load_recipe
+from tiny import tiny_qrm, tiny_tokenizer
+
+from eval.records import write_jsonl
+from eval.signal import first_order_gain, prompt_draws
+from reward.distribution import RewardDistribution
+from rlhf.command_line import RecipeParser
+from rlhf.influence import expected_influence, population_law, statistics
+from rlhf.reward_function import RiskReward
+from rlhf.risk import parse_risk
+
+recipe = load_recipe("compare_risk")
+WORDS = ["the", "a", "red", "green", "blue", "good", "bad", "fine"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A reward model, a judge, and three completions for each of eight prompts."""
+    path = tmp_path_factory.mktemp("compare")
+    for name, seed in (("reward", 2), ("judge", 9)):
+        tiny_qrm(seed=seed).save_pretrained(path / name)
+        tiny_tokenizer().save_pretrained(path / name)
+    rows = [
+        {
+            "prompt_id": first,
+            "sample": sample,
+            "prompt": first,
+            "completion": f" {WORDS[(i + 2 * sample + 1) % 8]} film {'is not very ' * sample}",
+            "completion_tokens": 2 + sample,
+            "finished": True,
+            "fingerprint": "0" * 16,
+        }
+        for i, first in enumerate(WORDS)
+        for sample in range(3)
+    ]
+    write_jsonl(path / "base.jsonl", rows)
+    write_jsonl(path / "one.jsonl", [row for row in rows if row["sample"] == 0])
+    return path
+
+
+def run(folder, output, **changes):
+    settings = {
+        "completions": folder / "base.jsonl",
+        "reward_model": folder / "reward",
+        "judge": f"qrm:{folder / 'judge'}",
+        "output_dir": output,
+        "rating_threshold": 0.0,
+        "resamples": 200,
+        "use_cpu": "true",
+        "risks": ["cvar:0.2", "population:cvar:0.2"],
+    } | changes
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    recipe.main(*RecipeParser(recipe.GROUPS).parse_args_and_config(flags))
+
+
+def laws_of(folder, name):
+    rows = [json.loads(line) for line in (folder / "base.jsonl").read_text().splitlines()]
+    law = RiskReward(str(folder / name)).distribution([r["prompt"] for r in rows], [r["completion"] for r in rows])
+    return RewardDistribution(law.levels.double(), law.values.double())
+
+
+def test_the_table_is_about_both_scopes_and_the_judge(folder, tmp_path, capsys):
+    run(folder, tmp_path)
+    result = json.loads((tmp_path / "compare_risk.json").read_text())
+    assert [row["measure"] for row in result["measures"]] == ["mean", "cvar:0.2", "population:cvar:0.2"]
+    assert (result["prompts"], result["n"]) == (8, 3)
+    mean, response, population = result["measures"]
+    assert mean["best_of_n_change"]["tail"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+    laws, judged, measure = laws_of(folder, "reward"), laws_of(folder, "judge"), parse_risk("cvar:0.2")
+    everybody = statistics(measure, population_law(laws))
+    scores, draws = judged.mean().numpy().reshape(8, 3), prompt_draws(8, 200)
+    tail = -judged.cdf(torch.tensor(0.0)).numpy().reshape(8, 3)
+    for row, utilities in ((response, measure(laws)), (population, expected_influence(measure, laws, everybody))):
+        utilities = utilities.numpy().reshape(8, 3)
+        for name, outcome in (("slope_of_mean", scores), ("slope_of_tail", tail)):
+            expected = first_order_gain(utilities, outcome, draws).as_dict()
+            assert row[name] == pytest.approx(expected, rel=1e-4)
+        chosen = utilities.argmax(1)
+        assert row["best_of_n"]["mean"] == pytest.approx(scores[np.arange(8), chosen].mean(), rel=1e-4)
+    assert response["slope_of_mean"] != population["slope_of_mean"]
+    printed = capsys.readouterr().out
+    assert "8 prompts, 3 completions each" in printed
+    assert "best of 3 by the mean" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"completions": "one.jsonl"}, "one completion per prompt"),
+        ({"judge": "reward"}, "the judge is the reward model"),
+        ({"judge": "vader"}, "predicts no laws"),
+        ({"risks": ["cvar:2"]}, "cvar"),
+        ({"resamples": 0}, "at least 1"),
+        ({"confidence": 1.5}, "level"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(folder, tmp_path, changes, message):
+    if changes.get("completions"):
+        changes = {"completions": folder / changes["completions"]}
+    if changes.get("judge") == "reward":
+        changes = {"judge": f"qrm:{folder / 'reward'}"}
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path, **changes)
+    assert not (tmp_path / "compare_risk.json").exists()
