@@ -331,6 +331,8 @@ def _reading(checkpoint: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         message = " ".join(str(error).split())[:300]
         raise ValueError(

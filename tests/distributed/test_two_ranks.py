@@ -30,6 +30,8 @@ RISK = {
         "whiten_rewards": True,
         "kl_target": 1.0,
         "kl_horizon": 16,
+        "kl_gain": 1.0,
+        "normalize_scores": True,
         "missing_eos_penalty": 1.0,
         "log_completions": True,
         # Several micro-batches, so that old and new log-probabilities come from two passes; one pass serves the rest.
