@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make quickstart   ratings -> reward model -> PPO (mean and cvar:0.1) -> report; about 20 minutes on 2 cores"
-	@echo "make study-risk   measures of risk at equal KL, three seeds each, after make quickstart; some 3 hours (an estimate), resumable"
+	@echo "make study-risk   measures of risk at equal KL, three seeds each, after make quickstart; some 2 to 3 hours, resumable"
 	@echo "make test         lint and all tests"
 	@echo "make bench        the benchmarks behind docs/results.md; trains for hours on 2 cores, resumable"
 	@echo "make bench-ppo    a PPO step against TRL 1.12.0, on 2 cores that do nothing else"
