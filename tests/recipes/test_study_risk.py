@@ -232,7 +232,7 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
             reward, args = arguments[1:3]
             (objective,) = ppo.build_objectives(reward.risk, reward.risk_scope, **ppo.risk_settings(reward)).values()
             objectives.append(objective.spec)
-            assert (args.kl_target, args.seed, args.max_steps) == (6.0, 1, 44)
+            assert (args.kl_target, args.seed, args.max_steps) == (4.0, 1, 44)
     assert objectives == [
         "mean",
         "cvar:0.1",
