@@ -239,6 +239,7 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
         "population cvar:0.1",
         "population mean_variance:0.47",
         "mean; cvar:0.1 >= -0.1",
+        "population cvar:0.5",
         "population mean -> cvar:0.1 (linear, 0 to 0.7)",
         "population 0.5*mean+0.5*cvar:0.1",
     ]
