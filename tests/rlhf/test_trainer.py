@@ -11,6 +11,7 @@ from tiny import PROMPTS, count_good, logged, tiny_config, tiny_llama, tiny_prom
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf.advantages import token_rewards
+from rlhf.durability import flushed_checksums, seal
 from rlhf.reward_calls import RewardError
 from rlhf.rollout import Rollout
 from rlhf.trainer import PPOTrainer
@@ -477,9 +478,12 @@ def test_checkpoint_of_another_layout_is_refused(tmp_path):
     other = tiny_trainer(tmp_path / "b", gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="gradient_accumulation_steps: 2 saved, 4 now"):
         other.train(resume_from_checkpoint=checkpoint)
-    (tmp_path / "empty").mkdir()
+    foreign = tmp_path / "checkpoint-2"
+    foreign.mkdir()
+    (foreign / "weights").write_text("of something else")
+    seal(foreign, flushed_checksums(foreign, ["weights"]))
     with pytest.raises(ValueError, match="not a checkpoint of PPOTrainer"):
-        trainer._load_from_checkpoint(str(tmp_path / "empty"))
+        trainer.train(resume_from_checkpoint=str(foreign))
 
 
 def test_a_launch_for_gpus_without_one_is_refused(tmp_path, monkeypatch):
