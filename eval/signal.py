@@ -4,25 +4,10 @@ Utilities of a reward model and outcomes by a judge for n completions of each pr
 No gradient is taken, so none of the noise of training is in these numbers; neither is its generalisation.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from eval.intervals import check_level
+from eval.intervals import Estimate, check_level
 from eval.study import crossed_draws, percentile_ends, relative_draws
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A number with a percentile interval over prompts; NaN where it has no value."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float | None]:
-        """For JSON, which has no NaN."""
-        return {name: None if np.isnan(number) else float(number) for name, number in vars(self).items()}
 
 
 def prompt_draws(prompts: int, resamples: int = 2000, seed: int = 0) -> np.ndarray:
@@ -30,7 +15,9 @@ def prompt_draws(prompts: int, resamples: int = 2000, seed: int = 0) -> np.ndarr
     return crossed_draws(1, prompts, resamples, seed)[1]
 
 
-def first_order_gain(utilities: np.ndarray, outcomes: np.ndarray, draws: np.ndarray, *, level: float = 0.95) -> Gain:
+def first_order_gain(
+    utilities: np.ndarray, outcomes: np.ndarray, draws: np.ndarray, *, level: float = 0.95
+) -> Estimate | None:
     """Slope of an outcome against √KL when a policy begins to follow a utility.
 
     The policy that gains most of E u at a given KL is the tilt π ∝ π₀ exp(η u), prompt by prompt with one η. For small
@@ -48,7 +35,7 @@ def first_order_gain(utilities: np.ndarray, outcomes: np.ndarray, draws: np.ndar
         level: Of the interval.
 
     Returns:
-        Outcome per √nat; NaN where the utility is the same for all completions of each prompt.
+        Outcome per √nat; None where the utility is the same for all completions of each prompt.
 
     Raises:
         ValueError: Other shapes, a number that is not finite, one completion per prompt.
@@ -62,12 +49,12 @@ def first_order_gain(utilities: np.ndarray, outcomes: np.ndarray, draws: np.ndar
     # E Cov and E Var are both over the drawn prompts, whose number cancels but for one root.
     mean_covariance, mean_variance = (draws @ values / draws.sum(1) for values in (covariance, variance))
     gains = np.sqrt(2) * mean_covariance / np.sqrt(np.where(mean_variance > 0, mean_variance, np.nan))
-    return _with_interval(gains, level)
+    return _estimate(gains, utilities.shape, level)
 
 
 def selected_change(
     outcomes: np.ndarray, chosen: np.ndarray, reference: np.ndarray, draws: np.ndarray, *, level: float = 0.95
-) -> Gain:
+) -> Estimate | None:
     """Relative change of a mean outcome from one selection to another, on the same prompts.
 
         Σₓ w_x v[x, chosen_x] / Σₓ w_x v[x, reference_x] − 1
@@ -80,8 +67,8 @@ def selected_change(
         level: Of the interval.
 
     Returns:
-        The change as a share; NaN where the reference's mean is not positive. Draws without a value count against
-        both ends.
+        The change as a share; None where the reference's mean is not positive. Draws without a value count against
+        both ends, which may be infinite.
 
     Raises:
         ValueError: Other shapes, or a number that is not finite.
@@ -89,14 +76,15 @@ def selected_change(
     outcomes, _ = _checked(outcomes, outcomes)
     rows = np.arange(len(outcomes))
     ours, theirs = (draws @ outcomes[rows, picked] for picked in (chosen, reference))
-    return _with_interval(relative_draws(ours, theirs), level)
+    return _estimate(relative_draws(ours, theirs), outcomes.shape, level)
 
 
-def _with_interval(found: np.ndarray, level: float) -> Gain:
+def _estimate(found: np.ndarray, shape: tuple[int, int], level: float) -> Estimate | None:
     check_level(level)
     if np.isnan(found[0]):
-        return Gain(np.nan, np.nan, np.nan)
-    return Gain(float(found[0]), *percentile_ends(found[1:], level))
+        return None
+    low, high = percentile_ends(found[1:], level)
+    return Estimate(float(found[0]), low, high, level, n=shape[0] * shape[1], prompts=shape[0], method="percentile")
 
 
 def _checked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

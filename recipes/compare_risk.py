@@ -19,6 +19,7 @@ it has not seen. Writes compare_risk.json and the judge's scores into --output_d
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torch
 from accelerate import PartialState
 
 from eval.completions import candidates, check_judge, models_of, read_completions
-from eval.intervals import check_level
+from eval.intervals import Estimate, check_level
 from eval.judges import judge_completions, parse_judge
 from eval.laws import candidate_laws
 from eval.records import Row, write_text
@@ -157,10 +158,10 @@ def compare(
         rows.append(
             {
                 "measure": name,
-                "slope_of_mean": first_order_gain(utilities, outcomes["mean"], draws, **level).as_dict(),
-                "slope_of_tail": first_order_gain(utilities, -outcomes["tail"], draws, **level).as_dict(),
+                "slope_of_mean": _plain(first_order_gain(utilities, outcomes["mean"], draws, **level)),
+                "slope_of_tail": _plain(first_order_gain(utilities, -outcomes["tail"], draws, **level)),
                 "best_of_n": best,
-                "best_of_n_change": {key: gain.as_dict() for key, gain in change.items()},
+                "best_of_n_change": {key: _plain(found) for key, found in change.items()},
             }
         )
     return rows
@@ -191,11 +192,21 @@ def printed(table: list[Row], result: Row) -> str:
     return "\n".join(lines)
 
 
-def _cell(gain: dict[str, float | None], scale: float, style: str, unit: str = "") -> str:
-    if gain["value"] is None:
+def _plain(estimate: Estimate | None) -> Row | None:
+    """For JSON, which has no infinity: an open end is None."""
+    if estimate is None:
+        return None
+    ends = {
+        name: end if math.isfinite(end) else None for name, end in (("low", estimate.low), ("high", estimate.high))
+    }
+    return {"value": estimate.value, **ends, "n": estimate.n, "prompts": estimate.prompts}
+
+
+def _cell(found: Row | None, scale: float, style: str, unit: str = "") -> str:
+    if found is None:
         return "none"
-    value, low, high = (scale * gain[name] for name in ("value", "low", "high"))
-    return f"{value:{style}}{unit} [{low:{style}}, {high:{style}}]"
+    low, high = ("open" if found[end] is None else f"{scale * found[end]:{style}}" for end in ("low", "high"))
+    return f"{scale * found['value']:{style}}{unit} [{low}, {high}]"
 
 
 GROUPS = (CompareArguments,)

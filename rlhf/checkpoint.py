@@ -93,22 +93,20 @@ def save_state(
 
 
 def load_state(
-    directory: str | Path, settings: dict, rank: int, device: torch.device, args: PPOConfig
+    directory: str | Path, rank: int, device: torch.device, args: PPOConfig
 ) -> tuple[PPOState, Rollout | None, list[dict]]:
     """Read what `save_state` wrote: the algorithm's state, the rollout in use, and that of the reward functions.
 
     Args:
         directory: of the checkpoint.
-        settings: this run's `layout`.
         rank: of this process.
         device: for the rollout.
         args: this run's settings.
 
     Raises:
-        ValueError: no PPO checkpoint, one of a run with another layout, or values that no run can have written.
+        ValueError: values that no run can have written. Whose checkpoint it is, `check_resumable` has said before.
     """
     folder = Path(directory)
-    check_resumable(folder, settings)
     content = json.loads((folder / STATE_FILE).read_text())
     state, rollout = PPOState(**content["state"]), None
     state.check(args.updates_per_rollout * args.gradient_accumulation_steps)

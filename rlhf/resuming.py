@@ -297,7 +297,7 @@ class DurableCheckpoints:
                 self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint, "scheduler.safetensors")))
             accelerator = self.accelerator
             self.ppo_state, self._rollout, rewards = load_state(
-                checkpoint, self._layout(), accelerator.process_index, accelerator.device, self.args
+                checkpoint, accelerator.process_index, accelerator.device, self.args
             )
             self.reward_functions.load_state_dict(rewards)
 

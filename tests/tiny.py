@@ -117,3 +117,25 @@ def tiny_trainer(output_dir: object, *, reward: object = count_good, model: obje
 def logged(trainer: PPOTrainer, name: str) -> list[float]:
     """Every logged value of one metric, in order."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def candidate_rows(words: list[str]) -> list[dict]:
+    """Rows of a completions file: each word is a prompt and has three completions."""
+    return [
+        {
+            "prompt_id": first,
+            "sample": sample,
+            "prompt": first,
+            "completion": f" {words[(i + 2 * sample + 1) % len(words)]} film {'is not very ' * sample}",
+            "completion_tokens": 2 + sample,
+            "finished": True,
+            "kl_k1_sum": 0.25 * sample,
+            "kl_k3_mean": 0.1,
+            "source": "somewhere",
+            "decoding": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            "versions": {},
+            "fingerprint": "0" * 16,
+        }
+        for i, first in enumerate(words)
+        for sample in range(3)
+    ]

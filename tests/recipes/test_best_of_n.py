@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from distributed.launching import load_recipe
-from tiny import tiny_qrm, tiny_tokenizer
+from tiny import candidate_rows, tiny_qrm, tiny_tokenizer
 from trl import TrlParser
 
 from eval.records import read_jsonl, write_jsonl
@@ -23,24 +23,7 @@ def folder(tmp_path_factory):
     for name, seed in (("reward", 2), ("judge", 9)):
         tiny_qrm(seed=seed).save_pretrained(path / name)
         tiny_tokenizer().save_pretrained(path / name)
-    rows = [
-        {
-            "prompt_id": first,
-            "sample": sample,
-            "prompt": first,
-            "completion": f" {WORDS[(i + 2 * sample + 1) % 8]} film {'is not very ' * sample}",
-            "completion_tokens": 2 + sample,
-            "finished": True,
-            "kl_k1_sum": 0.25 * sample,
-            "kl_k3_mean": 0.1,
-            "source": "somewhere",
-            "decoding": {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
-            "versions": {},
-            "fingerprint": "0" * 16,
-        }
-        for i, first in enumerate(WORDS)
-        for sample in range(3)
-    ]
+    rows = candidate_rows(WORDS)
     write_jsonl(path / "base.jsonl", rows)
     return path
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from distributed.launching import load_recipe
-from tiny import tiny_qrm, tiny_tokenizer
+from tiny import candidate_rows, tiny_qrm, tiny_tokenizer
 
 from eval.records import write_jsonl
 from eval.signal import first_order_gain, prompt_draws
@@ -27,19 +27,7 @@ def folder(tmp_path_factory):
     for name, seed in (("reward", 2), ("judge", 9)):
         tiny_qrm(seed=seed).save_pretrained(path / name)
         tiny_tokenizer().save_pretrained(path / name)
-    rows = [
-        {
-            "prompt_id": first,
-            "sample": sample,
-            "prompt": first,
-            "completion": f" {WORDS[(i + 2 * sample + 1) % 8]} film {'is not very ' * sample}",
-            "completion_tokens": 2 + sample,
-            "finished": True,
-            "fingerprint": "0" * 16,
-        }
-        for i, first in enumerate(WORDS)
-        for sample in range(3)
-    ]
+    rows = candidate_rows(WORDS)
     write_jsonl(path / "base.jsonl", rows)
     write_jsonl(path / "one.jsonl", [row for row in rows if row["sample"] == 0])
     return path
@@ -74,7 +62,7 @@ def test_the_table_is_about_both_scopes_and_the_judge(folder, tmp_path, capsys):
     assert [row["measure"] for row in result["measures"]] == ["mean", "cvar:0.2", "population:cvar:0.2"]
     assert (result["prompts"], result["n"]) == (8, 3)
     mean, response, population = result["measures"]
-    assert mean["best_of_n_change"]["tail"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert mean["best_of_n_change"]["tail"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 24, "prompts": 8}
 
     laws, judged, measure = laws_of(folder, "reward"), laws_of(folder, "judge"), parse_risk("cvar:0.2")
     everybody = statistics(measure, population_law(laws))
@@ -83,8 +71,9 @@ def test_the_table_is_about_both_scopes_and_the_judge(folder, tmp_path, capsys):
     for row, utilities in ((response, measure(laws)), (population, expected_influence(measure, laws, everybody))):
         utilities = utilities.numpy().reshape(8, 3)
         for name, outcome in (("slope_of_mean", scores), ("slope_of_tail", tail)):
-            expected = first_order_gain(utilities, outcome, draws).as_dict()
-            assert row[name] == pytest.approx(expected, rel=1e-4)
+            expected = first_order_gain(utilities, outcome, draws)
+            assert (row[name]["low"], row[name]["high"]) == pytest.approx(expected.interval, rel=1e-4)
+            assert row[name]["value"] == pytest.approx(expected.value, rel=1e-4)
         chosen = utilities.argmax(1)
         assert row["best_of_n"]["mean"] == pytest.approx(scores[np.arange(8), chosen].mean(), rel=1e-4)
     assert response["slope_of_mean"] != population["slope_of_mean"]
