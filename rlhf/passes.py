@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf.critic import CompletionScores
+from rlhf.host_memory import release_idle_memory
 
 Forward = Callable[[Tensor, Tensor, int], CompletionScores]
 
@@ -44,8 +45,11 @@ class ForwardPasses:
             rollout: its number, counted from 1.
         """
         if not self.keeps_graph:
-            return self.without_graph(ids, mask, num_tokens)
+            scores = self.without_graph(ids, mask, num_tokens)
+            self._release_frozen()
+            return scores
         reference = self._reference_scores(ids, mask, num_tokens)
+        self._release_frozen()
         # The policy comes last: wrappers that gather or reduce want a backward pass to follow its own forward pass.
         self.trainer.model_wrapped.train()
         with torch.enable_grad():
@@ -90,6 +94,11 @@ class ForwardPasses:
                 return self.reference(**inputs, with_values=False)
             with self.trainer.accelerator.unwrap_model(model).reference():
                 return model(**inputs, with_values=False)
+
+    def _release_frozen(self) -> None:
+        """The update, where memory peaks, needs neither the reference nor the reward model."""
+        if self.trainer.accelerator.device.type == "cpu":
+            release_idle_memory()
 
     def _inputs(self, ids: Tensor, mask: Tensor, num_tokens: int) -> dict[str, Any]:
         return {
