@@ -8,13 +8,19 @@ cache (or from disk, where the system needed that cache for something else).
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 SUFFIX = ".safetensors"
-MAPS = Path("/proc/self/smaps")
+MAPS, PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
+# Bits of an entry of pagemap, counted from 0.
+OF_FILE, SWAPPED, PRESENT = 61, 62, 63
 
 
 class Mapping(NamedTuple):
@@ -22,59 +28,71 @@ class Mapping(NamedTuple):
 
     start: int  # address
     size: int  # bytes
-    path: str
-    written: bool  # some page is a private copy, no longer what is in the file
-    resident: int  # bytes
 
 
 def release_idle_memory() -> int:
-    """Give back clean pages of mapped safetensors files, and free memory that the allocator keeps.
+    """Give back the pages of mapped safetensors files, and free memory that the allocator keeps.
 
     Exact: a mapping in which a single page was written to is left alone, because dropping that page would bring back
-    what the file says (a trained weight would return to its start). Does nothing where the system is not Linux.
+    what the file says (a trained weight would return to its start). Does nothing where the system is not Linux, or
+    does not let a process see its own pages.
 
     Returns:
         Resident bytes of mapped files that were given back.
     """
-    if not sys.platform.startswith("linux") or not MAPS.is_file():
+    if not sys.platform.startswith("linux"):
         return 0
     system = ctypes.CDLL(None, use_errno=True)
     released = 0
-    for mapping in clean_mappings(MAPS.read_text(errors="replace").splitlines()):
-        address, size = ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size)
-        # A refusal (a locked page, say) costs memory and nothing else.
-        if system.madvise(address, size, mmap.MADV_DONTNEED) == 0:
-            released += mapping.resident
+    try:
+        for mapping in safetensors_mappings(MAPS.read_text(errors="replace").splitlines()):
+            entries = page_entries(mapping)
+            resident = int(present(entries).sum()) * mmap.PAGESIZE
+            if not resident or written(entries):
+                continue
+            address, size = ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size)
+            # A refusal (a locked page, say) costs memory and nothing else.
+            if system.madvise(address, size, mmap.MADV_DONTNEED) == 0:
+                released += resident
+    except OSError:
+        pass  # a hardened or emulated kernel
     if hasattr(system, "malloc_trim"):  # glibc
         system.malloc_trim(ctypes.c_size_t(0))
     return released
 
 
-def clean_mappings(lines: Iterable[str]) -> Iterator[Mapping]:
-    """Private mappings of safetensors files of which no page was written to, from the lines of an smaps file."""
-    return (m for m in _mappings(lines) if m.path.endswith(SUFFIX) and not m.written)
-
-
-def _mappings(lines: Iterable[str]) -> Iterator[Mapping]:
-    header: list[str] | None = None
-    sizes: dict[str, int] = {}
+def safetensors_mappings(lines: Iterable[str]) -> Iterator[Mapping]:
+    """Private mappings of safetensors files, from the lines of `/proc/self/maps`."""
     for line in lines:
-        first, _, rest = line.partition(" ")
-        if first.endswith(":"):
-            if rest.rstrip().endswith(" kB"):
-                sizes[first[:-1]] = int(rest.split()[0]) * 1024
-            continue
-        if header is not None:
-            yield _mapping(header, sizes)
-        header, sizes = line.split(maxsplit=5), {}
-    if header is not None:
-        yield _mapping(header, sizes)
+        addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
+        if path and path[0].endswith(SUFFIX) and permissions.endswith("p"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            yield Mapping(start, end - start)
 
 
-def _mapping(header: list[str], sizes: dict[str, int]) -> Mapping:
-    start, end = (int(address, 16) for address in header[0].split("-"))
-    # Pages of a private mapping that were written to are anonymous; those swapped out are no longer resident. A number
-    # that this kernel does not give, or a mapping that is shared (`s`), is no proof of anything: taken for written.
-    copied = sizes.get("Anonymous", 1) + sizes.get("Swap", 1)
-    path = header[5] if len(header) == 6 else ""
-    return Mapping(start, end - start, path, copied > 0 or "p" not in header[1], sizes.get("Rss", 0))
+def page_entries(mapping: Mapping) -> Tensor:
+    """(pages,) int64 entries of `/proc/self/pagemap`.
+
+    Raises:
+        OSError: the system does not let this process see them.
+    """
+    size = mapping.size // mmap.PAGESIZE * 8
+    with PAGES.open("rb", buffering=0) as pagemap:
+        found = os.pread(pagemap.fileno(), size, mapping.start // mmap.PAGESIZE * 8)
+    if len(found) != size:
+        raise OSError(f"{PAGES} gave {len(found)} bytes of {size}")
+    return torch.frombuffer(bytearray(found), dtype=torch.int64)
+
+
+def present(entries: Tensor) -> Tensor:
+    """(pages,) whether each is resident."""
+    return _bit(entries, PRESENT)
+
+
+def written(entries: Tensor) -> bool:
+    """Whether some page is a private copy, resident or swapped out, no longer the page of the file."""
+    return bool((_bit(entries, SWAPPED) | (_bit(entries, PRESENT) & ~_bit(entries, OF_FILE))).any())
+
+
+def _bit(entries: Tensor, place: int) -> Tensor:
+    return (entries >> place) & 1 == 1

@@ -46,10 +46,10 @@ class ForwardPasses:
         """
         if not self.keeps_graph:
             scores = self.without_graph(ids, mask, num_tokens)
-            self._release_frozen()
+            self.release_idle()
             return scores
         reference = self._reference_scores(ids, mask, num_tokens)
-        self._release_frozen()
+        self.release_idle()
         # The policy comes last: wrappers that gather or reduce want a backward pass to follow its own forward pass.
         self.trainer.model_wrapped.train()
         with torch.enable_grad():
@@ -95,8 +95,8 @@ class ForwardPasses:
             with self.trainer.accelerator.unwrap_model(model).reference():
                 return model(**inputs, with_values=False)
 
-    def _release_frozen(self) -> None:
-        """The update, where memory peaks, needs neither the reference nor the reward model."""
+    def release_idle(self) -> None:
+        """Between phases: the next one needs neither the gradients nor the frozen models of the last."""
         if self.trainer.accelerator.device.type == "cpu":
             release_idle_memory()
 

@@ -147,10 +147,12 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
     def _collect(self, rows: list[dict[str, Any]]) -> Rollout:
         """Rows of the dataset -> everything that the optimiser steps of this rollout need."""
         started = time.perf_counter()
+        self.passes.release_idle()
         self.model.eval()
         ids, mask, completion_mask, finished = self._sample(rows)
         generated = time.perf_counter()
         scores = self._score(rows, ids[:, -completion_mask.shape[1] :], completion_mask, finished, self._train_metrics)
+        self.passes.release_idle()
         scored = time.perf_counter()
         # A rollout is counted when it is complete.
         policy, reference = self.passes.collect(ids, mask, completion_mask.shape[1], self.ppo_state.rollouts + 1)

@@ -1,5 +1,6 @@
 """Memory given back between phases: only pages that the disk holds too, and only while nobody needs them."""
 
+import mmap
 import sys
 
 import pytest
@@ -7,51 +8,56 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM
 
-from rlhf.host_memory import MAPS, clean_mappings, release_idle_memory
+from rlhf.host_memory import (
+    MAPS,
+    Mapping,
+    page_entries,
+    present,
+    release_idle_memory,
+    safetensors_mappings,
+    written,
+)
 
-SMAPS = """\
-7f0000000000-7f0000003000 rw-p 00000000 fe:00 11   /models/frozen/model.safetensors
-Rss:                  12 kB
-Anonymous:             0 kB
-Swap:                  0 kB
-VmFlags: rd wr mr
-7f0000004000-7f0000006000 rw-p 00001000 fe:00 12   /models/a policy/model.safetensors
-Rss:                   8 kB
-Anonymous:             4 kB
-Swap:                  0 kB
-7f0000008000-7f0000009000 rw-s 00000000 fe:00 13   /models/shared/model.safetensors
-Rss:                   4 kB
-Anonymous:             0 kB
-Swap:                  0 kB
-7f000000a000-7f000000b000 rw-p 00000000 fe:00 14   /models/swapped/model.safetensors
-Rss:                   0 kB
-Anonymous:             0 kB
-Swap:                  4 kB
-7f000000c000-7f000000d000 r-xp 00000000 fe:00 15   /usr/lib/libc.so.6
-Rss:                   4 kB
-Anonymous:             0 kB
-Swap:                  0 kB
+LINES = """\
+7f0000000000-7f0000003000 rw-p 00000000 fe:00 11                         /models/frozen/model.safetensors
+7f0000004000-7f0000006000 r--p 00001000 fe:00 12                         /models/a model/model.safetensors
+7f0000008000-7f0000009000 rw-s 00000000 fe:00 13                         /models/shared/model.safetensors
+7f000000c000-7f000000d000 r-xp 00000000 fe:00 15                         /usr/lib/libc.so.6
 7f000000e000-7f000000f000 rw-p 00000000 00:00 0
-Rss:                   4 kB
-Anonymous:             4 kB
-Swap:                  0 kB
-7f0000010000-7f0000011000 r--p 00000000 fe:00 16   /models/old kernel/model.safetensors
-Rss:                   4 kB
-7f0000012000-7f0000014000 r--p 00000000 fe:00 17   /models/b policy/model.safetensors
-Rss:                   4 kB
-Anonymous:             0 kB
-Swap:                  0 kB
+7f0000010000-7f0000011000 rw-p 00000000 00:00 0                          [heap]
 """
+# Bits 63, 62 and 61: resident, swapped out, a page of the file.
+ABSENT, OF_FILE, COPIED, COPY_SWAPPED = 0, -(2**63) + 2**61 + 77, -(2**63) + 99, 2**62 + 5
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's list of mappings")
 
 
-def test_only_private_mappings_that_nobody_wrote_to_may_be_dropped():
-    found = list(clean_mappings(SMAPS.splitlines()))
-    assert [(m.start, m.size, m.path, m.resident) for m in found] == [
-        (0x7F0000000000, 0x3000, "/models/frozen/model.safetensors", 12 * 1024),
-        (0x7F0000012000, 0x2000, "/models/b policy/model.safetensors", 4 * 1024),
-    ]
+def test_private_mappings_of_safetensors_are_found():
+    found = [Mapping(0x7F0000000000, 0x3000), Mapping(0x7F0000004000, 0x2000)]
+    assert list(safetensors_mappings(LINES.splitlines())) == found
+
+
+@pytest.mark.parametrize(
+    ("entries", "resident", "dirty"),
+    [
+        ([OF_FILE, ABSENT, OF_FILE], 2, False),
+        ([OF_FILE, ABSENT, COPIED], 2, True),
+        ([ABSENT, COPY_SWAPPED], 0, True),
+        ([ABSENT, ABSENT], 0, False),
+    ],
+)
+def test_a_copied_page_marks_its_mapping_as_written(entries, resident, dirty):
+    entries = torch.tensor(entries, dtype=torch.int64)
+    assert int(present(entries).sum()) == resident
+    assert written(entries) is dirty
+
+
+@linux
+def test_a_kernel_that_hides_its_pages_costs_memory_only(folder, monkeypatch, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model(torch.tensor([[3, 1]]))
+    monkeypatch.setattr("rlhf.host_memory.PAGES", tmp_path / "missing")
+    assert release_idle_memory() == 0
 
 
 @pytest.fixture
@@ -62,10 +68,11 @@ def folder(tmp_path):
 
 
 def resident(model) -> int:
-    """Resident bytes of the mapping that shows this model's file; 0 where a page of it was written to."""
+    """Resident bytes of the mapping that shows this model's file."""
     address = next(p for n, p in model.named_parameters() if "up_proj" in n).data_ptr()
-    mappings = clean_mappings(MAPS.read_text().splitlines())
-    return sum(m.resident for m in mappings if m.start <= address < m.start + m.size)
+    mappings = safetensors_mappings(MAPS.read_text().splitlines())
+    (own,) = (m for m in mappings if m.start <= address < m.start + m.size)
+    return int(present(page_entries(own)).sum()) * mmap.PAGESIZE
 
 
 @linux
