@@ -30,35 +30,58 @@ class Mapping(NamedTuple):
     size: int  # bytes
 
 
-def release_idle_memory() -> int:
+def release_idle_memory(in_use: torch.nn.Module) -> int:
     """Give back the pages of mapped safetensors files, and free memory that the allocator keeps.
 
     Exact: a mapping in which a single page was written to is left alone, because dropping that page would bring back
     what the file says (a trained weight would return to its start). Does nothing where the system is not Linux, or
     does not let a process see its own pages.
 
+    Args:
+        in_use: module whose files stay resident: it runs next, and would only read them again.
+
     Returns:
         Resident bytes of mapped files that were given back.
     """
     if not sys.platform.startswith("linux"):
         return 0
-    system = ctypes.CDLL(None, use_errno=True)
+    addresses = [parameter.data_ptr() for parameter in in_use.parameters()]
     released = 0
     try:
         for mapping in safetensors_mappings(MAPS.read_text(errors="replace").splitlines()):
-            entries = page_entries(mapping)
-            resident = int(present(entries).sum()) * mmap.PAGESIZE
-            if not resident or written(entries):
-                continue
-            address, size = ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size)
-            # A refusal (a locked page, say) costs memory and nothing else.
-            if system.madvise(address, size, mmap.MADV_DONTNEED) == 0:
-                released += resident
+            if not any(mapping.start <= address < mapping.start + mapping.size for address in addresses):
+                released += _drop(mapping)
     except OSError:
         pass  # a hardened or emulated kernel
-    if hasattr(system, "malloc_trim"):  # glibc
-        system.malloc_trim(ctypes.c_size_t(0))
+    trim_heap()
     return released
+
+
+def trim_heap() -> None:
+    """Return free memory inside the heap to the system, where the C library can.
+
+    Activations of a few megabytes come from the heap; between them lie blocks that live longer, so what a backward
+    pass frees would stay resident beneath the gradients that it makes.
+    """
+    if sys.platform.startswith("linux") and hasattr(system := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        system.malloc_trim(ctypes.c_size_t(0))
+
+
+def trim_during_backward(module: torch.nn.Module, times: int = 8) -> None:
+    """Trim the heap when the gradients of every `1/times` of the trained parameters are there."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained[:: max(1, len(trained) // times)]:
+        parameter.register_post_accumulate_grad_hook(lambda _: trim_heap())
+
+
+def _drop(mapping: Mapping) -> int:
+    entries = page_entries(mapping)
+    resident = int(present(entries).sum()) * mmap.PAGESIZE
+    if not resident or written(entries):
+        return 0
+    address, size = ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.size)
+    # A refusal (a locked page, say) costs memory and nothing else.
+    return resident if ctypes.CDLL(None).madvise(address, size, mmap.MADV_DONTNEED) == 0 else 0
 
 
 def safetensors_mappings(lines: Iterable[str]) -> Iterator[Mapping]:

@@ -54,6 +54,7 @@ class ForwardPasses:
         self.trainer.model_wrapped.train()
         with torch.enable_grad():
             self._kept = self._policy_scores(ids, mask, num_tokens, rollout)
+        self.release_idle()
         return self._kept.detach(), reference
 
     def without_graph(self, ids: Tensor, mask: Tensor, num_tokens: int) -> tuple[CompletionScores, CompletionScores]:
@@ -98,7 +99,7 @@ class ForwardPasses:
     def release_idle(self) -> None:
         """Between phases: the next one needs neither the gradients nor the frozen models of the last."""
         if self.trainer.accelerator.device.type == "cpu":
-            release_idle_memory()
+            release_idle_memory(in_use=self.trainer.model)
 
     def _inputs(self, ids: Tensor, mask: Tensor, num_tokens: int) -> dict[str, Any]:
         return {

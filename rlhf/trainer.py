@@ -21,6 +21,7 @@ from rlhf.advantages import gae, kl_response, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
+from rlhf.host_memory import trim_during_backward
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
@@ -130,6 +131,8 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         check_mode(args, self.accelerator)
         guard_trackers(self.callback_handler.callbacks)
         self.update_guard = UpdateGuard(args, self.accelerator, tokenizer)
+        if self.accelerator.device.type == "cpu":
+            trim_during_backward(self.model)
         self.passes = ForwardPasses(self, self._prepare_frozen(reference))
         self.reward_functions.prepare(self.accelerator)
         self.generation_config = models.generation_config(args, tokenizer, self.stop_token_ids)
