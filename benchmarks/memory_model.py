@@ -28,7 +28,16 @@ from scale_formulas import MODES, SHAPES, Machine, Plan, Shape, memory, nearest_
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RUNS = Path("runs/benchmarks/memory_model")
 POLICY = Path("runs/quickstart/data/policy")
-SMALL = Plan(precision="fp32", rows=2, micro_batch=1, prompt=8, completion=8, epochs=1, checkpointing=False)
+SMALL = Plan(
+    precision="fp32",
+    rows=2,
+    micro_batch=1,
+    prompt=8,
+    completion=8,
+    epochs=1,
+    checkpointing=False,
+    frozen_on_disk=True,
+)
 LONG = replace(SMALL, micro_batch=2, prompt=112)
 CASES = {
     "full, shared critic": SMALL,

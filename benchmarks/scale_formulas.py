@@ -100,6 +100,8 @@ class Plan:
         gather: `ds3_gather_for_generation`; without it, and always under FSDP2, layers are gathered for every token.
         reward: parameters of the reward model.
         reward_bytes: of each of them.
+        frozen_on_disk: reference and reward model are mapped files, resident only while they are asked
+            (`rlhf/host_memory.py`): a CPU, and weights that are not split.
     """
 
     mode: str = "one"
@@ -117,6 +119,7 @@ class Plan:
     gather: bool = True
     reward: float = 0.0
     reward_bytes: int = 2
+    frozen_on_disk: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -180,6 +183,8 @@ def memory(shape: Shape, plan: Plan) -> dict[str, float]:
 
         peak = stays + max(rollout, update)
 
+    Frozen models on disk do not stay: peak = weights + optimiser + max(rollout, update, reference, reward model).
+
     Returns:
         Bytes by component, then "peak", and "host" (0 without offload).
     """
@@ -191,7 +196,11 @@ def memory(shape: Shape, plan: Plan) -> dict[str, float]:
     if plan.mode == "zero3_offload":
         host = shares.pop("weights") + shares.pop("optimiser") + shares.pop("reference") + update.pop("gradients")
         static = sum(shares.values())
-    peak = static + max(sum(update.values()), sum(rollout.values()))
+    phases = [sum(update.values()), sum(rollout.values())]
+    if plan.frozen_on_disk and plan.mode not in SHARDS_WEIGHTS:
+        phases += [shares["reference"], shares["reward model"]]
+        static -= sum(phases[2:])
+    peak = static + max(phases)
     return shares | update | rollout | {"peak": peak, "host": host}
 
 

@@ -70,6 +70,12 @@ def test_memory_of_one_process(formulas, toy, alone):
     assert parts["logits"] == 2 * 90 * 4 + 2 * 30 * 4
     assert parts["KV cache"] == 2 * 2 * 2 * 7 * 5 * 4
     assert parts["peak"] == 1220 + 1200 + 2440 + 1540 + 9120 + 960
+    # A reference on disk is there instead of an update, not beside it: 1540 + 9120 + 960 are more than 1200.
+    assert formulas.memory(toy, replace(alone, frozen_on_disk=True))["peak"] == 1220 + 2440 + 1540 + 9120 + 960
+    large = replace(alone, frozen_on_disk=True, reward=50_000)
+    assert formulas.memory(toy, large)["peak"] == 1220 + 2440 + 2 * 50_000
+    split = replace(large, mode="zero3", ranks=2)
+    assert formulas.memory(toy, split)["peak"] == formulas.memory(toy, replace(split, frozen_on_disk=False))["peak"]
     checkpointed = formulas.memory(toy, replace(alone, checkpointing=True))
     assert checkpointed["activations"] == 15 * (2 * 4 + 76) * 4
 
