@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from peft import PeftConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from trl.models import prepare_deepspeed, prepare_fsdp
 
 from reward import loading
 from rlhf.config import PPOConfig
@@ -180,3 +182,18 @@ def is_zero3(args: PPOConfig) -> bool:
     """Whether DeepSpeed splits the parameters themselves over the processes."""
     plugin = args.deepspeed_plugin
     return plugin is not None and plugin.zero_stage == 3
+
+
+def prepare_reference(reference: PreTrainedModel | None, trainer: Any) -> nn.Module | None:
+    """The frozen reference placed as the launch of this trainer wants it: sharded where the policy is."""
+    if reference is None:
+        return None
+    frozen, accelerator = ActorCritic(reference).requires_grad_(False), trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        return prepare_deepspeed(frozen, accelerator)
+    if trainer.is_fsdp_enabled:
+        if accelerator.is_fsdp2:
+            # TRL's `prepare_fsdp` would gather all layers at once.
+            return fsdp2_prepare_model(accelerator, frozen).eval()
+        return prepare_fsdp(frozen, accelerator)
+    return accelerator.prepare_model(frozen, evaluation_mode=True)

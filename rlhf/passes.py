@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf.critic import CompletionScores
-from rlhf.host_memory import release_idle_memory
+from rlhf.host_memory import release_idle_memory, trim_heap
 
 Forward = Callable[[Tensor, Tensor, int], CompletionScores]
 
@@ -54,7 +54,7 @@ class ForwardPasses:
         self.trainer.model_wrapped.train()
         with torch.enable_grad():
             self._kept = self._policy_scores(ids, mask, num_tokens, rollout)
-        self.release_idle()
+        trim_heap()
         return self._kept.detach(), reference
 
     def without_graph(self, ids: Tensor, mask: Tensor, num_tokens: int) -> tuple[CompletionScores, CompletionScores]:
@@ -97,7 +97,7 @@ class ForwardPasses:
                 return model(**inputs, with_values=False)
 
     def release_idle(self) -> None:
-        """Between phases: the next one needs neither the gradients nor the frozen models of the last."""
+        """After the last use of a frozen model in a rollout: what follows does not need its weights."""
         if self.trainer.accelerator.device.type == "cpu":
             release_idle_memory(in_use=self.trainer.model)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import fsdp2_prepare_model, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
@@ -13,15 +13,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import is_conversational
-from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models import unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rlhf import models
 from rlhf.advantages import gae, kl_response, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
-from rlhf.critic import ActorCritic
-from rlhf.host_memory import trim_during_backward
+from rlhf.host_memory import trim_during_backward, trim_heap
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
@@ -133,7 +132,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         self.update_guard = UpdateGuard(args, self.accelerator, tokenizer)
         if self.accelerator.device.type == "cpu":
             trim_during_backward(self.model)
-        self.passes = ForwardPasses(self, self._prepare_frozen(reference))
+        self.passes = ForwardPasses(self, models.prepare_reference(reference, self))
         self.reward_functions.prepare(self.accelerator)
         self.generation_config = models.generation_config(args, tokenizer, self.stop_token_ids)
         self.ppo_state = PPOState(kl_coef=args.kl_coef, tail_threshold=args.tail_threshold)
@@ -150,7 +149,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
     def _collect(self, rows: list[dict[str, Any]]) -> Rollout:
         """Rows of the dataset -> everything that the optimiser steps of this rollout need."""
         started = time.perf_counter()
-        self.passes.release_idle()
+        trim_heap()  # the gradients of the last update lie free in it
         self.model.eval()
         ids, mask, completion_mask, finished = self._sample(rows)
         generated = time.perf_counter()
@@ -367,19 +366,6 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
             **options,
         )
         return self.optimizer
-
-    def _prepare_frozen(self, reference: PreTrainedModel | None) -> torch.nn.Module | None:
-        if reference is None:
-            return None
-        frozen = ActorCritic(reference).requires_grad_(False)
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(frozen, self.accelerator)
-        if self.is_fsdp_enabled:
-            if self.accelerator.is_fsdp2:
-                # TRL's `prepare_fsdp` would gather all layers at once.
-                return fsdp2_prepare_model(self.accelerator, frozen).eval()
-            return prepare_fsdp(frozen, self.accelerator)
-        return self.accelerator.prepare_model(frozen, evaluation_mode=True)
 
     def _all_sum(self, total: Tensor) -> Tensor:
         return self.accelerator.reduce(total, reduction="sum")
