@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from reward.loading import clear_errors, load_adapter, load_model, load_tokenizer
+from rlhf.adapters import fuse_adapters
 
 
 @dataclass
@@ -88,6 +89,7 @@ def load_policy(
     for part in (model, base):
         if part is not None:
             part.to(PartialState().device).eval()
+            fuse_adapters(part)
     return LoadedPolicy(model, tokenizer, base, source)
 
 

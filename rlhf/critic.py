@@ -77,22 +77,25 @@ class ActorCritic(nn.Module):
         trunk_config = (critic_trunk or policy).config.get_text_config()
         self.value_head = ValueHead(trunk_config.hidden_size, num_quantiles)
         self._shared_state: Tensor | None = None
-        if critic_trunk is None:
-            # The head's input is post-norm, already cut to the positions asked for, and costs no extra memory;
-            # `output_hidden_states` would keep every layer's states alive.
-            self._head_module().register_forward_pre_hook(self._keep_head_input)
+        self._head_module().register_forward_pre_hook(self._take_head_input)
 
     def _head_module(self) -> nn.Module:
         head = self.policy.get_output_embeddings()
         if head is None:
             raise ValueError(
-                f"{type(self.policy).__name__} has no language-model head to share a trunk with; "
-                "use a causal language model or critic='separate'."
+                f"{type(self.policy).__name__} has no language-model head: use a causal language model."
             )
         return head
 
-    def _keep_head_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._shared_state = inputs[0]
+    def _take_head_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Generation asks for the last position of the prompts, a slice with gaps. For such an input torch copies a
+        # frozen head's weight once for every row: 1.8 GB for 16 rows of a vocabulary of 49,152 and 576 states.
+        state = inputs[0].contiguous()
+        if self.critic_trunk is None:
+            # Post-norm, already cut to the positions asked for, and no extra memory; `output_hidden_states` would
+            # keep every layer's states alive.
+            self._shared_state = state
+        return (state, *inputs[1:])
 
     def forward(
         self,

@@ -67,11 +67,17 @@ def trim_heap() -> None:
         system.malloc_trim(ctypes.c_size_t(0))
 
 
-def trim_during_backward(module: torch.nn.Module, times: int = 8) -> None:
-    """Trim the heap when the gradients of every `1/times` of the trained parameters are there."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained[:: max(1, len(trained) // times)]:
-        parameter.register_post_accumulate_grad_hook(lambda _: trim_heap())
+def trim_during_backward(module: torch.nn.Module, every: int = 2**26) -> None:
+    """Trim the heap whenever the backward pass has made another `every` bytes of gradients.
+
+    Adapters, whose gradients are small, are left alone: what they could give back is not worth the time.
+    """
+    made = 0
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            before, made = made, made + parameter.nbytes
+            if made // every > before // every:
+                parameter.register_post_accumulate_grad_hook(lambda _: trim_heap())
 
 
 def _drop(mapping: Mapping) -> int:

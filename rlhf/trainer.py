@@ -17,6 +17,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.base_trainer import _BaseTrainer
 
 from rlhf import models
+from rlhf.adapters import fuse_adapters
 from rlhf.advantages import gae, kl_response, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
@@ -130,6 +131,8 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         check_mode(args, self.accelerator)
         guard_trackers(self.callback_handler.callbacks)
         self.update_guard = UpdateGuard(args, self.accelerator, tokenizer)
+        if not (models.is_zero3(args) or self.is_fsdp_enabled):
+            fuse_adapters(self.model)
         if self.accelerator.device.type == "cpu":
             trim_during_backward(self.model)
         self.passes = ForwardPasses(self, models.prepare_reference(reference, self))

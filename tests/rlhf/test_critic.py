@@ -160,3 +160,15 @@ def test_a_model_without_a_language_model_head_is_refused():
 def test_tokenizer_of_these_tests_has_three_special_tokens():
     tokenizer = tiny_tokenizer()
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_head_reads_a_dense_input_and_generation_copies_no_weight(separate):
+    """Torch expands a frozen head's weight over the rows of an input with gaps, which generation makes."""
+    module = actor_critic(separate).requires_grad_(False)
+    head, dense = module.policy.get_output_embeddings(), []
+    head.register_forward_pre_hook(lambda _, inputs: dense.append(inputs[0].is_contiguous()))
+    module.generate(input_ids=IDS, attention_mask=MASK.long(), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert dense == [True, True]
+    gaps = torch.randn(2, 3, module.config.hidden_size)[:, -1:]
+    assert not gaps.is_contiguous()  # else the test shows nothing
