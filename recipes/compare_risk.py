@@ -14,8 +14,10 @@ the law of all of them; the judge, another model, says what came of it:
     best of n           that share, and the mean rating, of the completions with the highest utility, against those
                         with the highest mean: relative changes
 
-with 95 % bootstrap intervals over prompts. Training adds its own noise to this, and what it learns about prompts that
-it has not seen. Writes compare_risk.json and the judge's scores into --output_dir.
+with 95 % bootstrap intervals over prompts. A second table follows the judge's own laws in place of the reward model's:
+what a reward model without any error could gain by each measure, by this judge, from these completions. Where even that
+falls short, no better reward model helps. Training adds its own noise to both, and what it learns about prompts that it
+has not seen. Writes compare_risk.json and the judge's scores into --output_dir.
 """
 
 import json
@@ -97,6 +99,8 @@ def main(args: CompareArguments) -> None:
     outcomes = {"mean": judgement.scores.reshape(shape), "tail": masses.reshape(shape)}
     if state.is_main_process:
         table = compare(measures, laws, outcomes, args)
+        judged = RewardDistribution(judgement.distribution.levels, judgement.distribution.values.reshape(*shape, -1))
+        ceiling = compare(measures, judged, outcomes, args)
         result: Row = {
             "completions": args.completions,
             "reward_model": args.reward_model,
@@ -106,10 +110,11 @@ def main(args: CompareArguments) -> None:
             "n": shape[1],
             "level": args.confidence,
             "measures": table,
+            "measures_by_the_judges_laws": ceiling,
         }
         path = Path(args.output_dir, "compare_risk.json")
         write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-        print(f"{printed(table, result)}\n\n{path}", flush=True)
+        print(f"{printed(table, result)}\n\nby the judge's own laws\n\n{printed(ceiling, result)}\n\n{path}", flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -79,7 +79,24 @@ def test_the_table_is_about_both_scopes_and_the_judge(folder, tmp_path, capsys):
     assert response["slope_of_mean"] != population["slope_of_mean"]
     printed = capsys.readouterr().out
     assert "8 prompts, 3 completions each" in printed
+    assert "by the judge's own laws" in printed
     assert "best of 3 by the mean" in printed
+
+
+def test_no_reward_model_follows_the_judge_better_than_the_judge_itself(folder, tmp_path):
+    """Of all utilities the outcome itself has the steepest slope, and the best of n by it is the best there is."""
+    run(folder, tmp_path, risks=["below:0"])
+    result = json.loads((tmp_path / "compare_risk.json").read_text())
+    by_reward, by_judge = result["measures"], result["measures_by_the_judges_laws"]
+    assert [row["measure"] for row in by_judge] == ["mean", "below:0"]
+    judged = laws_of(folder, "judge")
+    scores, tail = judged.mean().numpy().reshape(8, 3), judged.cdf(torch.tensor(0.0)).numpy().reshape(8, 3)
+    mean, below = by_judge
+    assert mean["best_of_n"]["mean"] == pytest.approx(scores.max(1).mean(), rel=1e-4)
+    assert below["best_of_n"]["tail"] == pytest.approx(tail.min(1).mean(), rel=1e-4)
+    assert mean["slope_of_mean"]["value"] == pytest.approx(np.sqrt(2 * scores.var(1, ddof=1).mean()), rel=1e-4)
+    assert below["slope_of_tail"]["value"] == pytest.approx(np.sqrt(2 * tail.var(1, ddof=1).mean()), rel=1e-4)
+    assert mean["slope_of_mean"]["value"] > by_reward[0]["slope_of_mean"]["value"]
 
 
 @pytest.mark.parametrize(
