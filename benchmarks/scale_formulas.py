@@ -101,7 +101,7 @@ class Plan:
         reward: parameters of the reward model.
         reward_bytes: of each of them.
         frozen_on_disk: reference and reward model are mapped files, resident only while they are asked
-            (`rlhf/host_memory.py`): a CPU, and weights that are not split.
+            (`rlhf/host_memory.py`): one process on a CPU. With several ranks they were measured to stay.
     """
 
     mode: str = "one"
@@ -197,7 +197,7 @@ def memory(shape: Shape, plan: Plan) -> dict[str, float]:
         host = shares.pop("weights") + shares.pop("optimiser") + shares.pop("reference") + update.pop("gradients")
         static = sum(shares.values())
     phases = [sum(update.values()), sum(rollout.values())]
-    if plan.frozen_on_disk and plan.mode not in SHARDS_WEIGHTS:
+    if plan.frozen_on_disk and plan.mode == "one":
         phases += [shares["reference"], shares["reward model"]]
         static -= sum(phases[2:])
     peak = static + max(phases)

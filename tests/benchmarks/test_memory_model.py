@@ -74,8 +74,10 @@ def test_memory_of_one_process(formulas, toy, alone):
     assert formulas.memory(toy, replace(alone, frozen_on_disk=True))["peak"] == 1220 + 2440 + 1540 + 9120 + 960
     large = replace(alone, frozen_on_disk=True, reward=50_000)
     assert formulas.memory(toy, large)["peak"] == 1220 + 2440 + 2 * 50_000
-    split = replace(large, mode="zero3", ranks=2)
-    assert formulas.memory(toy, split)["peak"] == formulas.memory(toy, replace(split, frozen_on_disk=False))["peak"]
+    for mode in ("ddp", "zero3"):
+        several = replace(large, mode=mode, ranks=2)
+        stays = replace(several, frozen_on_disk=False)
+        assert formulas.memory(toy, several)["peak"] == formulas.memory(toy, stays)["peak"]
     checkpointed = formulas.memory(toy, replace(alone, checkpointing=True))
     assert checkpointed["activations"] == 15 * (2 * 4 + 76) * 4
 
