@@ -114,7 +114,9 @@ def main(args: CompareArguments) -> None:
         }
         path = Path(args.output_dir, "compare_risk.json")
         write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-        print(f"{printed(table, result)}\n\nby the judge's own laws\n\n{printed(ceiling, result)}\n\n{path}", flush=True)
+        print(
+            f"{printed(table, result)}\n\nby the judge's own laws\n\n{printed(ceiling, result)}\n\n{path}", flush=True
+        )
     state.wait_for_everyone()
     state.destroy_process_group()
 

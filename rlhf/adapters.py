@@ -1,6 +1,5 @@
 """LoRA layers with fewer operations than PEFT's, for sampling and for training."""
 
-import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear

@@ -82,9 +82,7 @@ class ActorCritic(nn.Module):
     def _head_module(self) -> nn.Module:
         head = self.policy.get_output_embeddings()
         if head is None:
-            raise ValueError(
-                f"{type(self.policy).__name__} has no language-model head: use a causal language model."
-            )
+            raise ValueError(f"{type(self.policy).__name__} has no language-model head: use a causal language model.")
         return head
 
     def _take_head_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
