@@ -15,9 +15,9 @@ the law of all of them; the judge, another model, says what came of it:
                         with the highest mean: relative changes
 
 with 95 % bootstrap intervals over prompts. A second table follows the judge's own laws in place of the reward model's:
-what a reward model without any error could gain by each measure, by this judge, from these completions. Where even
-that falls short, no better reward model helps. Training adds its own noise to both, and what it learns about prompts
-that it has not seen. Writes compare_risk.json and the judge's scores into --output_dir.
+what a reward model without any error could gain by each measure, by this judge, from these completions: how much the
+errors of the reward model cost. Training adds its own noise to both, and what it learns about prompts that it has not
+seen. Writes compare_risk.json and the judge's scores into --output_dir.
 """
 
 import json
