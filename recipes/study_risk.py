@@ -15,7 +15,7 @@ coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start 
                         half a point above the mean
     constraint          --risk mean --constraint "cvar:0.1 >= C". C is what the mean arm reached on its own, by the
                         reward model over the last quarter of its rollouts, plus 0.15: a bound that binds, yet near
-    shallow             cvar:0.5, population scope: by its slopes in recipes/compare_risk.py the best there; this and
+    shallow             cvar:0.5, population scope: among the steepest falls of the tail in compare_risk.py; this and
                         the next two only if asked for by --arms
     annealed            cvar:0.1, population scope, from alpha 1 (the mean) over the first 70 % of training
     mixed               0.5*mean+0.5*cvar:0.1, population scope
