@@ -295,7 +295,7 @@ class Bench:
         runs: dict[str, list] = {"aware": [], "padded": []}
         for turn in range(self.options.rounds):
             for way in runs:
-                aware = {"length_aware_micro_batches": way == "aware"}
+                aware = {"length_aware": way == "aware"}
                 task = self.our_task(turn == 0, longest, **batches, **aware) | {"lengths": lengths}
                 task["expected_tokens"] = sum(lengths)
                 runs[way].append(self.run(f"lengths-{way}-{turn}", task))

@@ -8,7 +8,6 @@ phases are replaced, on this one trainer, by themselves under the stopwatch.
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from measuring import versions
 from peers.stopwatch import StepEnds, Stopwatch, peak_bytes
 from peft import LoraConfig
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from rlhf import trainer as trainer_module
+from rlhf import decoding
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
 from rlhf.reward_function import RiskReward
@@ -72,26 +72,54 @@ def measure_phases(trainer: PPOTrainer, stopwatch: Stopwatch, tokens: list[int])
     trainer.passes.collect = stopwatch.timed("old_logprobs_and_values", trainer.passes.collect)
 
 
-def cut_to(lengths: list[int]) -> Callable[..., Any]:
-    """`rlhf.rollout.generate` whose completions end where they are told, as if a stop token had come there."""
-    generate = trainer_module.generate
+class EndsAt(LogitsProcessor):
+    """Lets each prompt's completion end where it is told: the stop token is certain there, and nowhere before.
 
-    def cut(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        ids, mask, finished = generate(*args, **kwargs)
-        wanted = torch.tensor(lengths, device=ids.device)
-        if len(wanted) != len(ids) or int(wanted.max()) > ids.shape[1]:
-            raise ValueError(f"{len(wanted)} lengths up to {max(lengths)} for {tuple(ids.shape)} generated tokens")
-        return ids, mask & (torch.arange(ids.shape[1], device=ids.device) < wanted[:, None]), torch.ones_like(finished)
+    Rows leave the batch while it is decoded, so they are known by their prompt, not by their place.
 
-    return cut
+    Args:
+        lengths: of the first batch's rows in order; every batch has as many rows.
+        stop_token_id: the token.
+    """
+
+    def __init__(self, lengths: list[int], stop_token_id: int):
+        self.lengths, self.stop_token_id = lengths, stop_token_id
+        self.wanted: dict[tuple[int, ...], int] = {}
+        self.prompt_length = 0
+
+    def begin(self, prompt_ids: Tensor) -> None:
+        """A batch of prompts (B, P) is about to be completed."""
+        self.prompt_length = prompt_ids.shape[1]
+        self.wanted = dict(zip(map(tuple, prompt_ids.tolist()), self.lengths, strict=True))
+        if len(self.wanted) != len(self.lengths):
+            raise ValueError("a batch has the same prompt twice: its rows cannot be told apart")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        prompts = map(tuple, input_ids[:, : self.prompt_length].tolist())
+        drawn = input_ids.shape[1] - self.prompt_length
+        last = torch.tensor([self.wanted[prompt] == drawn + 1 for prompt in prompts], device=scores.device)
+        scores[:, self.stop_token_id] = -torch.inf
+        scores[last] = -torch.inf
+        scores[last, self.stop_token_id] = 0.0
+        return scores
+
+
+def end_at(lengths: list[int], stop_token_id: int) -> None:
+    """From here on completions of a rollout have these lengths."""
+    generate, ends = ActorCritic.generate, EndsAt(lengths, stop_token_id)
+    decoding.ROW_WISE += (EndsAt,)
+
+    def with_ends(module: ActorCritic, **inputs: Any) -> Tensor:
+        ends.begin(inputs["input_ids"])
+        return generate(module, logits_processor=LogitsProcessorList([ends]), **inputs)
+
+    ActorCritic.generate = with_ends
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(task["threads"])
     stopwatch, tokens = Stopwatch(task["device"], task["counted_step"]), []
     ends = StepEnds(stopwatch)
-    if task.get("lengths"):
-        trainer_module.generate = cut_to(task["lengths"])
     reward = RiskReward(task["reward"], **task["reward_settings"])
     trainer = PPOTrainer(
         model=task["policy"],
@@ -101,6 +129,8 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         callbacks=[ends],
         peft_config=LoraConfig(task_type="CAUSAL_LM", **task["lora"]) if task.get("lora") else None,
     )
+    if task.get("lengths"):
+        end_at(task["lengths"], trainer.stop_token_ids[0])
     measure_phases(trainer, stopwatch, tokens)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]

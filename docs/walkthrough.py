@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from reward.modeling import QRMForSequenceClassification
 from rlhf.advantages import gae, token_rewards
 from rlhf.critic import ActorCritic
+from rlhf.decoding import generate
 from rlhf.losses import clipped_policy_loss, clipped_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, token_count
 from rlhf.reward_function import RiskReward
 from rlhf.risk import parse_risk
-from rlhf.rollout import completions_of, generate, left_pad, tokenize_prompts
+from rlhf.rollout import completions_of, left_pad, tokenize_prompts
 
 RUN = "runs/quickstart"
 PROMPTS = ["The plot makes no sense and the", "I love how this little camera"]

@@ -15,22 +15,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.policies import LoadedPolicy, load_policy
 from eval.records import BadRowsError, Row, complete_rows, fingerprint, source_identity
 from reward.tables import check_prompts
+from rlhf.decoding import generate
 from rlhf.losses import k1, k3, token_logprobs
-from rlhf.masking import completion_mask_from_ids
 from rlhf.models import stop_token_ids
 from rlhf.rollout import completions_of, left_pad, tokenize_prompts
 
@@ -167,42 +158,6 @@ def as_prompt_dataset(prompts: datasets.Dataset | Sequence[str | list[dict]]) ->
     return datasets.Dataset.from_dict({"prompt_id": [str(i) for i in ids], "prompt": list(prompts["prompt"])})
 
 
-class SeededSampler(LogitsProcessor):
-    """Draws each row's next token with that row's own random numbers, by inverting the distribution function.
-
-        token = min {v : Σ_{w <= v} p_w > u},   u uniform in [0, 1) from (seed, prompt id, sample, position)
-
-    It leaves all logits at −inf except the drawn token's, so that greedy decoding picks it. Sampling with one shared
-    generator, as `do_sample` does, would make a row depend on every other row in its batch.
-
-    Args:
-        uniforms: (B, T) numbers in [0, 1).
-        prompt_length: P, the column at which completions start.
-        decoding: Supplies temperature, top_k and top_p.
-    """
-
-    def __init__(self, uniforms: Tensor, prompt_length: int, decoding: Decoding):
-        self.uniforms, self.prompt_length = uniforms, prompt_length
-        self.warpers = LogitsProcessorList()
-        if decoding.temperature != 1.0:
-            self.warpers.append(TemperatureLogitsWarper(decoding.temperature))
-        if decoding.top_k > 0:
-            self.warpers.append(TopKLogitsWarper(decoding.top_k))
-        if decoding.top_p < 1.0:
-            self.warpers.append(TopPLogitsWarper(decoding.top_p))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = self.warpers(input_ids, scores.float()).softmax(-1)
-        if not bool(probabilities.isfinite().all()):
-            raise ValueError("the policy's logits are NaN or infinite, so there is nothing to draw from")
-        # float64: 10⁵ float32 additions would shift the borders between tokens by more than a rare token's mass.
-        mass = probabilities.double().cumsum(-1)
-        drawn = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(mass) * mass[:, -1]
-        token = torch.searchsorted(mass, drawn.unsqueeze(-1), right=True)
-        forced = torch.full_like(scores, -math.inf)
-        return forced.scatter_(-1, token, 0.0)
-
-
 def row_uniforms(seed: int, prompt_id: str, sample: int, length: int) -> np.ndarray:
     """(length,) numbers in [0, 1) that belong to one completion."""
     return np.random.default_rng([seed, zlib.crc32(prompt_id.encode()), sample]).random(length)
@@ -273,8 +228,7 @@ class _Generator:
         ids, mask = left_pad(tokenize_prompts(prompts, tokenizer), self.pad_id)
         device = next(self.policy.model.parameters()).device
         ids, mask = ids.to(device), mask.to(device)
-        completion_ids = self._draw(ids, mask, jobs)
-        completion_mask, finished = completion_mask_from_ids(completion_ids, self.stop_ids)
+        completion_ids, completion_mask, finished = self._draw(ids, mask, jobs)
         everything, real = torch.cat([ids, completion_ids], 1), torch.cat([mask, completion_mask], 1)
         length, temperature = completion_ids.shape[1], decoding.logprob_temperature
         logprobs = completion_logprobs(self.policy.model, everything, real, length, temperature)
@@ -300,28 +254,23 @@ class _Generator:
             )
         return rows
 
-    def _draw(self, ids: Tensor, mask: Tensor, jobs: list[Row]) -> Tensor:
-        """(B, T) completion ids."""
+    def _draw(self, ids: Tensor, mask: Tensor, jobs: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T) completion ids, their (B, T) mask, and (B,) whether a stop token came."""
         decoding = self.decoding
-        sampler = None
-        if decoding.temperature > 0:
-            uniforms = [
-                row_uniforms(decoding.seed, job["prompt_id"], job["sample"], decoding.max_new_tokens) for job in jobs
-            ]
-            uniforms = torch.from_numpy(np.stack(uniforms)).to(ids.device)
-            sampler = LogitsProcessorList([SeededSampler(uniforms, ids.shape[1], decoding)])
+        law = {"temperature": decoding.temperature, "top_k": decoding.top_k, "top_p": decoding.top_p}
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
-            do_sample=False,
             use_cache=True,
             pad_token_id=self.pad_id,
             eos_token_id=self.stop_ids,
             disable_compile=True,
+            **({"do_sample": True, **law} if decoding.temperature > 0 else {"do_sample": False}),
         )
-        sequences = self.policy.model.generate(
-            input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=sampler
-        )
-        return sequences[:, ids.shape[1] :]
+        uniforms = [
+            row_uniforms(decoding.seed, job["prompt_id"], job["sample"], decoding.max_new_tokens) for job in jobs
+        ]
+        uniforms = torch.from_numpy(np.stack(uniforms)).to(ids.device)
+        return generate(self.policy.model, ids, mask, config, self.stop_ids, uniforms=uniforms)
 
 
 @contextmanager

@@ -114,8 +114,10 @@ class PPOConfig(_BaseConfig):
     clip_range_high: float | None = _setting(None, "Upper clip of the ratio, if it differs from clip_range.")
     dual_clip: float | None = _setting(None, "Bound on the ratio of negative advantages (Ye et al. 2020); above 1.")
     entropy_coef: float = _setting(0.0, "Weight of the entropy bonus.")
-    length_aware_micro_batches: bool = _setting(
-        True, "Put completions of similar length into one micro-batch and cut its padding; the gradient is the same."
+    length_aware: bool = _setting(
+        True,
+        "Do no work on padding: decode completions that have ended no further, put those of similar length into one "
+        "micro-batch and cut its padding. Completions and gradient are the same.",
     )
     max_skipped_updates: int | None = _setting(
         None,

@@ -71,7 +71,7 @@ class ForwardPasses:
     def micro_batches(self, mask: Tensor) -> list[Tensor]:
         """Rows of each micro-batch of a mini-batch or of a rollout."""
         args = self.args
-        return micro_batches(mask.sum(1), args.per_device_train_batch_size, args.length_aware_micro_batches)
+        return micro_batches(mask.sum(1), args.per_device_train_batch_size, args.length_aware)
 
     def _policy_scores(
         self, ids: Tensor, mask: Tensor, num_tokens: int, rollout: int | None = None

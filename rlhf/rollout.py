@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
-from rlhf.masking import completion_mask_from_ids
 from rlhf.passes import bounds
 
 
@@ -134,40 +133,6 @@ def left_pad(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[pad_id] * (width - len(s)) + list(s) for s in sequences])
     mask = torch.tensor([[False] * (width - len(s)) + [True] * len(s) for s in sequences])
     return ids, mask
-
-
-def generate(
-    policy: torch.nn.Module,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    config: GenerationConfig,
-    stop_token_ids: list[int],
-    synced_ranks: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one completion for each prompt, with the KV cache, until all have ended.
-
-    Args:
-        policy: unwrapped causal language model.
-        prompt_ids: (B, P) left-padded.
-        prompt_mask: (B, P) true on real tokens.
-        config: sampling settings, among them the same stop tokens.
-        stop_token_ids: tokens that end a completion.
-        synced_ranks: keep stepping until every rank is done (sharded weights take part in each other's forwards).
-
-    Returns:
-        (B, T) ids, (B, T) mask through the first stop token, (B,) whether a stop token came.
-    """
-    with torch.no_grad():
-        sequences = policy.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
-            generation_config=config,
-            synced_gpus=synced_ranks,
-        )
-    completion_ids = sequences[:, prompt_ids.shape[1] :]
-    mask, finished = completion_mask_from_ids(completion_ids, stop_token_ids)
-    longest = int(mask.sum(-1).max())
-    return completion_ids[:, :longest], mask[:, :longest], finished
 
 
 def completions_of(

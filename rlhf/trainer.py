@@ -21,6 +21,7 @@ from rlhf.adapters import fuse_adapters
 from rlhf.advantages import gae, kl_response, next_kl_coef, token_rewards
 from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
+from rlhf.decoding import generate
 from rlhf.host_memory import trim_during_backward, trim_heap
 from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
@@ -34,7 +35,6 @@ from rlhf.rollout import (
     Rollout,
     RolloutSampler,
     completions_of,
-    generate,
     left_pad,
     tokenize_prompts,
     write_completions,
@@ -213,7 +213,13 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         ) as actor_critic:
             sharded = (models.is_zero3(self.args) and not self.args.ds3_gather_for_generation) or self.is_fsdp_enabled
             completion_ids, completion_mask, finished = generate(
-                actor_critic, prompt_ids, prompt_mask, self.generation_config, self.stop_token_ids, sharded
+                actor_critic,
+                prompt_ids,
+                prompt_mask,
+                self.generation_config,
+                self.stop_token_ids,
+                drop_ended=self.args.length_aware,
+                synced_ranks=sharded,
             )
         ids = torch.cat([prompt_ids, completion_ids], dim=1)
         return ids, torch.cat([prompt_mask, completion_mask], dim=1), completion_mask, finished

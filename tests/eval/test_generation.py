@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import WORDS, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from eval.generation import Decoding, SeededSampler, as_prompt_dataset, generate_completions, row_uniforms
+from eval.generation import Decoding, as_prompt_dataset, generate_completions, row_uniforms
 from eval.policies import load_policy, same_source
 from eval.records import read_jsonl
 
@@ -180,33 +180,6 @@ def test_greedy_takes_the_most_likely_token(folders, tokenizer):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert row["completion"] == tokenizer.decode(ids[0, 2:], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize(
-    ("decoding", "law"),
-    [
-        (Decoding(), [0.1, 0.4, 0.2, 0.3]),
-        (Decoding(temperature=0.5), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
-        (Decoding(top_k=2), [0.0, 4 / 7, 0.0, 3 / 7]),
-        (Decoding(top_p=0.85), [0.0, 4 / 9, 2 / 9, 3 / 9]),
-    ],
-)
-def test_sampler_inverts_the_distribution_function(decoding, law):
-    n = 2000
-    uniforms = ((torch.arange(n) + 0.5) / n).double().unsqueeze(-1)
-    scores = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(n, 4)
-    forced = SeededSampler(uniforms, 3, decoding)(torch.zeros(n, 3, dtype=torch.long), scores)
-    assert (forced.isinf().sum(-1) == 3).all()
-    shares = torch.bincount(forced.argmax(-1), minlength=4) / n
-    assert shares.tolist() == pytest.approx(law, abs=1.01 / n)
-
-
-def test_sampler_never_draws_a_forbidden_token_and_refuses_nan():
-    sampler = SeededSampler(torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64), 0, Decoding())
-    scores = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]] * 2)
-    assert sampler(torch.zeros(2, 0, dtype=torch.long), scores).argmax(-1).tolist() == [1, 2]
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        sampler(torch.zeros(2, 0, dtype=torch.long), torch.full((2, 4), math.nan))
 
 
 def test_rows_carry_their_provenance_and_are_reused(folders, tmp_path, monkeypatch):

@@ -123,8 +123,7 @@ def test_micro_batches_by_length_have_the_gradient_of_padded_ones(tmp_path, monk
         "critic_head": "quantile",
     }
     runs = {
-        aware: train(tmp_path / str(aware), monkeypatch, length_aware_micro_batches=aware, **settings)
-        for aware in (True, False)
+        aware: train(tmp_path / str(aware), monkeypatch, length_aware=aware, **settings) for aware in (True, False)
     }
     columns = {aware: sum(rows * width for (rows, width), _ in runs[aware][2]) for aware in runs}
     assert columns[True] < 0.9 * columns[False], "the case is only tested when padding is cut"

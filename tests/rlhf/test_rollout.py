@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
-from transformers import GenerationConfig
+from tiny import tiny_tokenizer
 
-from rlhf.rollout import Rollout, RolloutSampler, completions_of, generate, left_pad, tokenize_prompts
+from rlhf.rollout import Rollout, RolloutSampler, completions_of, left_pad, tokenize_prompts
 
 PAD, EOS = 0, 1
 
@@ -52,45 +51,6 @@ def test_left_pad_builds_the_mask_from_lengths():
     assert ids.tolist() == [[4, 0, 6], [0, 0, 7], [0, 8, 9]]
     # The pad id inside the first prompt is a real token.
     assert mask.tolist() == [[True, True, True], [False, False, True], [False, True, True]]
-
-
-def generation_config(**settings):
-    return GenerationConfig(pad_token_id=PAD, eos_token_id=[EOS], disable_compile=True, **settings)
-
-
-def test_generation_stops_when_all_rows_have_ended(monkeypatch):
-    policy = tiny_llama()
-    calls, forward = [], policy.forward
-
-    def spy(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        # Row 0 ends at its first token, row 1 at its third.
-        output.logits[:] = -50.0
-        output.logits[0, -1, EOS if len(calls) == 0 else 4] = 50.0
-        output.logits[1, -1, EOS if len(calls) == 2 else 5] = 50.0
-        calls.append(kwargs["input_ids"].shape[1])
-        return output
-
-    monkeypatch.setattr(policy, "forward", spy)
-    prompt_ids, prompt_mask = left_pad([[4, 5, 6], [7]], PAD)
-    ids, mask, finished = generate(
-        policy, prompt_ids, prompt_mask, generation_config(max_new_tokens=9, do_sample=True), [EOS]
-    )
-    assert len(calls) == 3
-    assert calls[1:] == [1, 1], "later steps read one token each: the KV cache is on"
-    assert ids.tolist() == [[EOS, PAD, PAD], [5, 5, EOS]]
-    assert mask.tolist() == [[True, False, False], [True, True, True]]
-    assert finished.tolist() == [True, True]
-
-
-def test_greedy_completion_does_not_depend_on_padding():
-    policy = tiny_llama(initializer_range=0.3).eval()
-    config = generation_config(max_new_tokens=6, do_sample=False)
-    prompts = [[4, 5, 6, 7, 8], [9, 10]]
-    together = generate(policy, *left_pad(prompts, PAD), config, [EOS])
-    for row, prompt in enumerate(prompts):
-        alone = generate(policy, *left_pad([prompt], PAD), config, [EOS])
-        assert together[0][row][together[1][row]].tolist() == alone[0][0][alone[1][0]].tolist()
 
 
 def test_completions_keep_their_ids_and_drop_special_tokens():
