@@ -68,7 +68,6 @@ def layout(args: PPOConfig, world_size: int, uses_peft: bool) -> dict[str, objec
         "num_ppo_epochs": args.num_ppo_epochs,
         "num_generations": args.num_generations,
         "critic": args.critic,
-        "critic_head": args.critic_head,
         "peft": uses_peft,
     }
 
@@ -130,6 +129,11 @@ def check_resumable(directory: str | Path, settings: dict) -> None:
         saved = dict(json.loads(path.read_text())["layout"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not hold the state of a run ({type(error).__name__}: {error}).") from error
+    if saved.get("critic_head", "scalar") != "scalar":
+        raise ValueError(
+            f"{directory} was trained with critic_head={saved['critic_head']!r}, which no longer exists; continue it "
+            "with the version that wrote it, or start anew."
+        )
     different = [f"{k}: {saved.get(k)!r} saved, {v!r} now" for k, v in settings.items() if saved.get(k) != v]
     if different:
         raise ValueError(f"{directory} belongs to a run with other settings ({'; '.join(different)}).")

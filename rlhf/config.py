@@ -129,22 +129,11 @@ class PPOConfig(_BaseConfig):
     critic: str = _setting(
         "shared", "'shared': a value head on the policy's trunk; 'separate': a trunk of its own (critic_model)."
     )
-    critic_head: str = _setting(
-        "scalar",
-        "'scalar': the head predicts the mean of the return; 'quantile': its law by critic_quantiles quantiles, "
-        "whose mean was measured to be as good a value, no better.",
-    )
-    critic_quantiles: int = _setting(32, "Quantiles of the return that critic_head='quantile' predicts.")
-    critic_huber_kappa: float = _setting(
-        0.1, "Width of the quadratic zone of the quantile Huber loss, in reward units; 0: pinball loss."
-    )
     critic_model: str | None = _setting(None, "Model of the separate critic; unset: the policy's.")
     critic_learning_rate: float | None = _setting(None, "Learning rate of the critic; unset: learning_rate.")
     critic_warmup_rollouts: int = _setting(0, "Rollouts in which only the critic learns.")
     vf_coef: float = _setting(0.1, "Weight of the value loss.")
-    value_clip_range: float | None = _setting(
-        0.2, "Clip of the change of a value, in reward units; unset: no clip. Quantiles are never clipped."
-    )
+    value_clip_range: float | None = _setting(0.2, "Clip of the change of a value, in reward units; unset: no clip.")
 
     # Logging
     log_completions: bool = _setting(False, "Write every logged rollout to output_dir/completions as JSONL.")
@@ -200,13 +189,9 @@ class PPOConfig(_BaseConfig):
         _require(0 <= self.kl_gain <= 4, "kl_gain", "in [0, 4]", self.kl_gain)
         _require(self.kl_gain == 0 or self.kl_target is not None, "kl_gain", "0 without kl_target", self.kl_gain)
         _require(self.critic_warmup_rollouts >= 0, "critic_warmup_rollouts", "0 or more", self.critic_warmup_rollouts)
-        # The 10 % quantile, which is logged, lies below the lowest of four midpoints.
-        _require(self.critic_quantiles >= 5, "critic_quantiles", "at least 5", self.critic_quantiles)
-        _require(self.critic_huber_kappa >= 0, "critic_huber_kappa", "0 or more", self.critic_huber_kappa)
         for name, choices in (
             ("kl_estimator", ("k1", "k2", "k3")),
             ("critic", ("shared", "separate")),
-            ("critic_head", ("scalar", "quantile")),
             ("missing_eos_mode", ("subtract", "replace")),
             ("nonfinite_rewards", ("exclude", "raise")),
             ("failed_rewards", ("exclude", "raise")),

@@ -18,12 +18,11 @@ CRITIC_DIR = "critic"
 
 
 class CompletionScores(NamedTuple):
-    """What one forward pass says about the tokens of a completion; each (B, T) or None, quantiles (B, T, K)."""
+    """What one forward pass says about the tokens of a completion; each (B, T) or None."""
 
     logprobs: Tensor
     values: Tensor | None
     entropy: Tensor | None
-    value_quantiles: Tensor | None = None  # of the return; not sorted, their mean is the value
 
     def detach(self) -> "CompletionScores":
         """The same numbers without their graph."""
@@ -31,29 +30,22 @@ class CompletionScores(NamedTuple):
 
 
 class ValueHead(nn.Module):
-    """One linear map from a hidden state to the expected return, or to quantiles of the return; zero at the start.
+    """One linear map from a hidden state to the expected return, zero at the start.
 
     Zero weights make the first values exactly 0 on every rank and under every ZeRO stage, where a random
-    initialisation would have to be gathered to be the same everywhere. Quantiles that start equal do not stay equal:
-    each level weighs the two sides of its error differently.
-
-    Args:
-        hidden_size: H.
-        num_quantiles: K, one for each of `midpoint_levels(K)`; None predicts the mean alone.
+    initialisation would have to be gathered to be the same everywhere.
     """
 
-    def __init__(self, hidden_size: int, num_quantiles: int | None = None):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.num_quantiles = num_quantiles
-        # DeepSpeed may have cast the head to bfloat16, whose three digits cannot tell neighbouring quantiles apart.
-        self.linear = Float32Linear(hidden_size, num_quantiles or 1)
+        # DeepSpeed may have cast the head to bfloat16, and autocast would round a float32 head all the same.
+        self.linear = Float32Linear(hidden_size, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., H) hidden states -> (...) values, or (..., K) quantiles not yet sorted, in float32."""
-        outputs = self.linear(hidden).float()
-        return outputs.squeeze(-1) if self.num_quantiles is None else outputs
+        """(..., H) hidden states -> (...) values in float32."""
+        return self.linear(hidden).squeeze(-1).float()
 
 
 class ActorCritic(nn.Module):
@@ -65,17 +57,16 @@ class ActorCritic(nn.Module):
     Args:
         policy: causal language model, plain or wrapped by PEFT.
         critic_trunk: model without a head for a separate critic; None shares the policy's trunk.
-        num_quantiles: quantiles of the return that the critic predicts; None: its mean alone.
     """
 
     supports_gradient_checkpointing = True
 
-    def __init__(self, policy: nn.Module, critic_trunk: nn.Module | None = None, num_quantiles: int | None = None):
+    def __init__(self, policy: nn.Module, critic_trunk: nn.Module | None = None):
         super().__init__()
         self.policy = policy
         self.critic_trunk = critic_trunk
         trunk_config = (critic_trunk or policy).config.get_text_config()
-        self.value_head = ValueHead(trunk_config.hidden_size, num_quantiles)
+        self.value_head = ValueHead(trunk_config.hidden_size)
         self._shared_state: Tensor | None = None
         self._head_module().register_forward_pre_hook(self._take_head_input)
 
@@ -136,15 +127,13 @@ class ActorCritic(nn.Module):
         else:
             logprobs, entropy = token_logprobs(logits, completion_ids, temperature), None
         shared_state, self._shared_state = self._shared_state, None
-        values, quantiles = None, None
+        values = None
         if with_values:
             state = (
                 shared_state if self.critic_trunk is None else self._critic_state(input_ids, attention_mask)[:, keep]
             )
             values = self.value_head(state.detach() if detach_trunk else state)
-            if self.value_head.num_quantiles is not None:
-                values, quantiles = values.mean(-1), values
-        return CompletionScores(logprobs, values, entropy, quantiles)
+        return CompletionScores(logprobs, values, entropy)
 
     def _critic_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.critic_trunk(
@@ -180,7 +169,7 @@ class ActorCritic(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         own = {k: v.contiguous().cpu() for k, v in state_dict.items() if not k.startswith("policy.")}
         save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
-        kind = self._critic_kind()
+        kind = {"critic": self._kind}
         if self.critic_trunk is not None:
             kind["trunk"] = _plain_config(self.critic_trunk)
         (folder / "config.json").write_text(json.dumps(kind, indent=2, sort_keys=True) + "\n")
@@ -194,12 +183,9 @@ class ActorCritic(nn.Module):
         path = Path(directory) / CRITIC_DIR / "model.safetensors"
         if not path.is_file():
             raise ValueError(f"{directory} holds no critic ({path.name} in '{CRITIC_DIR}/' is missing).")
-        saved = json.loads(path.with_name("config.json").read_text())
-        different = [
-            f"{k}: {saved.get(k)!r} saved, {v!r} here" for k, v in self._critic_kind().items() if saved.get(k) != v
-        ]
-        if different:
-            raise ValueError(f"{path} belongs to another critic ({'; '.join(different)}).")
+        saved = json.loads(path.with_name("config.json").read_text()).get("critic")
+        if saved != self._kind:
+            raise ValueError(f"{path} belongs to another critic (critic: {saved!r} saved, {self._kind!r} here).")
         state = load_file(path)
         expected = {k for k in self.state_dict() if not k.startswith("policy.")}
         if set(state) != expected:
@@ -207,14 +193,10 @@ class ActorCritic(nn.Module):
             raise ValueError(f"{path} belongs to another critic; differing tensors: {', '.join(different)} ...")
         self.load_state_dict(state, strict=False)
 
-    def _critic_kind(self) -> dict[str, object]:
-        """What a saved critic must agree in."""
-        num_quantiles = self.value_head.num_quantiles
-        return {
-            "critic": "shared" if self.critic_trunk is None else "separate",
-            "critic_head": "scalar" if num_quantiles is None else "quantile",
-            "critic_quantiles": num_quantiles,
-        }
+    @property
+    def _kind(self) -> str:
+        """Whose trunk the value head reads; a saved critic must agree in it."""
+        return "shared" if self.critic_trunk is None else "separate"
 
     # What transformers.Trainer and TRL ask of the module that they hold.
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reward.objectives import pinball_loss, quantile_huber_loss
 from rlhf.masking import Sum, has_spread, identity, masked_mean_and_var, select
 
 # e¹⁰ ≈ 22,026: far outside any trust region, far inside float32. Beyond it a single token is a numerical accident.
@@ -173,55 +172,6 @@ def clipped_value_loss(
     near = torch.clamp(values, anchor - value_clip_range, anchor + value_clip_range)
     limited = (near - returns).square()
     return ValueLoss(0.5 * torch.maximum(error, limited), limited > error)
-
-
-def midpoint_levels(num_quantiles: int) -> Tensor:
-    """Levels in the middle of K equal shares of the mass, tₖ = (2k − 1) / 2K; (K,).
-
-    The plain mean of the quantiles at these levels is the mean of the law that `RewardDistribution` makes of them.
-
-    Reference: Dabney et al. 2018, lemma 2, arXiv:1710.10044.
-    """
-    return (torch.arange(num_quantiles, dtype=torch.float32) + 0.5) / num_quantiles
-
-
-def quantile_value_loss(quantiles: Tensor, returns: Tensor, huber_kappa: float, *, mask: Tensor) -> ValueLoss:
-    """Distance of predicted quantiles of the return from one sample of it, each side weighted by its level.
-
-        u    = R − θₖ
-        loss = meanₖ |tₖ − 1{u < 0}| · H_κ(u) / κ        tₖ = (2k − 1) / 2K
-
-    For κ = 0 the pinball loss, whose minimiser is the true quantile; κ > 0 rounds its kink and moves the minimiser
-    towards the mean by an amount of order κ. A shift of all θ together meets a slope of at most ½, however far the
-    return is. So there is no clip: no gradient grows with the error.
-
-    Args:
-        quantiles: (B, T, K) θ from the critic being trained, not sorted; the only argument that receives a gradient.
-        returns: (B, T) samples of the return. A return that bootstraps from a mean is no sample: quantiles trained
-            on it are too narrow.
-        huber_kappa: κ ≥ 0, width of the quadratic zone in reward units.
-        mask: (B, T), True = keep; zero outside.
-
-    Returns:
-        `ValueLoss`, everything (B, T), nothing clipped.
-
-    Raises:
-        ValueError: κ is negative.
-
-    Reference: Dabney et al. 2018, eqs. 9 and 10, arXiv:1710.10044.
-    Deviations: targets are samples of the whole return, not quantiles of a bootstrapped one; those of
-    `quantile_huber_loss`.
-    """
-    if huber_kappa < 0:
-        raise ValueError(f"huber_kappa is a width in reward units, 0 for the pinball loss, got {huber_kappa}")
-    quantiles = select(quantiles, mask.unsqueeze(-1).expand_as(quantiles))
-    samples = select(returns.detach(), mask).unsqueeze(-1)  # (B, T, 1)
-    levels = midpoint_levels(quantiles.shape[-1])
-    if huber_kappa == 0:
-        loss = pinball_loss(quantiles, samples, levels)
-    else:
-        loss = quantile_huber_loss(quantiles, samples, levels, kappa=huber_kappa)
-    return ValueLoss(loss, torch.zeros_like(loss, dtype=torch.bool))
 
 
 def token_logprobs(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
-from rlhf.losses import PolicyLoss, ValueLoss, explained_variance, kl_estimate, midpoint_levels
+from rlhf.losses import PolicyLoss, ValueLoss, explained_variance, kl_estimate
 from rlhf.masking import Sum, masked_mean, masked_mean_and_var, masked_sum
 
 
@@ -111,23 +111,14 @@ def add_rollout_metrics(metrics: MetricAverages, log_ratio: Tensor, mask: Tensor
 
 
 def add_critic_metrics(
-    metrics: MetricAverages,
-    values: Tensor,
-    quantiles: Tensor | None,
-    returns: Tensor,
-    samples: Tensor,
-    mask: Tensor,
-    *,
-    all_sum: Sum,
+    metrics: MetricAverages, values: Tensor, returns: Tensor, mask: Tensor, *, all_sum: Sum
 ) -> None:
     """What the critic knew about a rollout that it had not been trained on yet.
 
     Args:
         metrics: receives the numbers.
         values: (B, T) predicted before the update.
-        quantiles: (B, T, K) predicted quantiles at the levels `midpoint_levels(K)`, or None.
         returns: (B, T) targets of the critic.
-        samples: (B, T) discounted sums of the rewards that followed, which heads of both kinds can be compared by.
         mask: (B, T), True = keep.
         all_sum: sum over ranks.
     """
@@ -135,18 +126,6 @@ def add_critic_metrics(
     metrics.add("critic/return_mean", mean)
     metrics.add("critic/return_std", variance.sqrt())
     metrics.add("critic/explained_variance", explained_variance(values, returns, mask, all_sum=all_sum))
-    metrics.add("critic/explained_variance_sampled", explained_variance(values, samples, mask, all_sum=all_sum))
-    if quantiles is None:
-        return
-    law = RewardDistribution(levels=midpoint_levels(quantiles.shape[-1]), values=quantiles)
-    lower, upper = law.quantile(torch.tensor([0.1, 0.9])).unbind(-1)
-    for name, per_token in (
-        ("coverage_0.1", (samples <= lower).float()),
-        ("coverage_0.9", (samples <= upper).float()),
-        ("spread", law.std()),
-        ("crossing_rate", law.crossings.float() / (quantiles.shape[-1] - 1)),
-    ):
-        metrics.add(f"critic/{name}", masked_mean(per_token, mask), mask.sum())
 
 
 @torch.no_grad()

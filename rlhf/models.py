@@ -172,7 +172,7 @@ def build_actor_critic(
         policy = get_peft_model(policy, copy.deepcopy(peft_config), **keep_dtype)
         if args.activation_checkpointing:
             policy.enable_input_require_grads()
-    actor_critic = ActorCritic(policy, trunk, args.critic_quantiles if args.critic_head == "quantile" else None)
+    actor_critic = ActorCritic(policy, trunk)
     if args.disable_dropout:
         without_dropout(actor_critic, reference)
     return actor_critic, reference

@@ -167,13 +167,7 @@ def score_rows(
         first, longest = bounds(attention_mask[rows], num_tokens)
         columns = slice(first, ids.shape[1] - num_tokens + longest)
         part = forward(ids[rows, columns], attention_mask[rows, columns], longest)
-        parts.append([None if column is None else _widened(column, num_tokens) for column in part])
+        parts.append([None if column is None else pad(column, (0, num_tokens - longest)) for column in part])
     order = torch.cat(batches).argsort()
     joined = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
     return CompletionScores(*(None if column is None else column[order] for column in joined))
-
-
-def _widened(scores: Tensor, num_tokens: int) -> Tensor:
-    """(B, t) or (B, t, K) -> (B, T) or (B, T, K), zeros behind."""
-    missing = num_tokens - scores.shape[1]
-    return pad(scores, (0, missing) if scores.dim() == 2 else (0, 0, 0, missing)) if missing else scores

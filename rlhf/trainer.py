@@ -23,7 +23,7 @@ from rlhf.checkpoint import PPOState
 from rlhf.config import PPOConfig
 from rlhf.decoding import generate
 from rlhf.host_memory import trim_during_backward, trim_heap
-from rlhf.losses import clipped_policy_loss, clipped_value_loss, quantile_value_loss
+from rlhf.losses import clipped_policy_loss, clipped_value_loss
 from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, masked_sum, scale_only, token_count
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
 from rlhf.nonfinite import FiniteUpdates, UpdateGuard
@@ -175,12 +175,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         if self.args.whiten_rewards:
             rewards = scale_only(rewards, completion_mask, all_sum=self._all_sum)
         advantages, returns = gae(rewards, policy.values, completion_mask, self.args.gamma, self.args.gae_lambda)
-        # A λ-return is part sample, part mean; only the sum of the rewards is a sample of the return's own law.
-        _, samples = gae(rewards, torch.zeros_like(rewards), completion_mask, self.args.gamma, 1.0)
-        if policy.value_quantiles is not None:
-            returns = samples
-        critic = (policy.values, policy.value_quantiles, returns, samples)
-        add_critic_metrics(self._train_metrics, *critic, completion_mask, all_sum=self._all_sum)
+        add_critic_metrics(self._train_metrics, policy.values, returns, completion_mask, all_sum=self._all_sum)
         if self.args.whiten_advantages:
             advantages = centre_and_scale(advantages, completion_mask, all_sum=self._all_sum)
         self._log_rollout(scores, log_ratio, completion_mask, finished)
@@ -296,10 +291,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
             mask=mask,
             dual_clip=args.dual_clip,
         )
-        if scores.value_quantiles is None:
-            value = clipped_value_loss(scores.values, inputs.values, inputs.returns, args.value_clip_range, mask=mask)
-        else:
-            value = quantile_value_loss(scores.value_quantiles, inputs.returns, args.critic_huber_kappa, mask=mask)
+        value = clipped_value_loss(scores.values, inputs.values, inputs.returns, args.value_clip_range, mask=mask)
         # Weight 0 rather than no term: DDP expects a gradient, if only zero, from every parameter.
         policy_weight = 0.0 if rollout <= args.critic_warmup_rollouts else 1.0
         per_token = policy_weight * policy.loss + args.vf_coef * value.loss

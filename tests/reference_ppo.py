@@ -68,19 +68,6 @@ def value_loss(value, old_value, target, clip):
     return max((value - target) ** 2, (near - target) ** 2) / 2
 
 
-def quantile_value_loss(quantiles, target, kappa):
-    """Mean over i of |τ̂ᵢ − 1{u < 0}| L_κ(u)/κ, u = target − θᵢ, τ̂ᵢ = (2i − 1)/2N (Dabney et al. 2018, eqs. 9, 10)."""
-    total = 0.0
-    for i, theta in enumerate(quantiles, 1):
-        u = target - theta
-        weight = abs((2 * i - 1) / (2 * len(quantiles)) - (1 if u < 0 else 0))
-        if kappa == 0:
-            total += weight * abs(u)
-        else:
-            total += weight * (u * u / 2 if abs(u) <= kappa else kappa * (abs(u) - kappa / 2)) / kappa
-    return total / len(quantiles)
-
-
 def log_softmax(logits, temperature):
     """log p_v = l_v/τ − log Σ exp(l_w/τ)."""
     scaled = [logit / temperature for logit in logits]

@@ -22,8 +22,8 @@ WAYS = {
     "lora_separate": {"lora": True, "critic": "separate"},
 }
 RISK = {
-    # Quantiles of the critic and multipliers of the constraint need no reduction of their own.
-    "population": {"population": True, "critic_head": "quantile"},
+    # Multipliers of the constraint need no reduction of their own.
+    "population": {"population": True},
     # Every statistic that could be taken over one rank alone: rewards scaled, coefficient adapted, tail in the log.
     "statistics": {
         "max_completion_length": 12,

@@ -14,9 +14,9 @@ MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.
 NUM_TOKENS = 3
 
 
-def actor_critic(separate=False, num_quantiles=None):
+def actor_critic(separate=False):
     model = tiny_llama(initializer_range=0.3)
-    module = ActorCritic(model, AutoModel.from_config(model.config) if separate else None, num_quantiles)
+    module = ActorCritic(model, AutoModel.from_config(model.config) if separate else None)
     torch.nn.init.normal_(module.value_head.linear.weight)
     return module.eval()
 
@@ -38,10 +38,9 @@ def test_logprobs_equal_a_float64_log_softmax_of_each_row_alone():
             assert scores.entropy[row, t].item() == pytest.approx(entropy, abs=1e-5)
 
 
-@pytest.mark.parametrize("num_quantiles", [None, 5])
 @pytest.mark.parametrize("separate", [False, True])
-def test_value_is_read_before_its_token_is_known(separate, num_quantiles):
-    module = actor_critic(separate, num_quantiles)
+def test_value_is_read_before_its_token_is_known(separate):
+    module = actor_critic(separate)
     values = module(IDS, MASK, NUM_TOKENS).values
     changed = IDS.clone()
     changed[:, -2] = 11  # the second of three completion tokens
@@ -59,22 +58,9 @@ def test_separate_critic_does_not_read_the_policy():
     torch.testing.assert_close(module(IDS, MASK, NUM_TOKENS).values, values, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("num_quantiles", [None, 5])
-def test_fresh_values_are_exactly_zero(num_quantiles):
-    module = ActorCritic(tiny_llama(), num_quantiles=num_quantiles)
+def test_fresh_values_are_exactly_zero():
+    module = ActorCritic(tiny_llama())
     assert (module(IDS, MASK, NUM_TOKENS).values == 0).all()
-
-
-@pytest.mark.parametrize("separate", [False, True])
-def test_value_is_the_mean_of_the_quantiles(separate):
-    scores = actor_critic(separate, num_quantiles=5)(IDS, MASK, NUM_TOKENS)
-    assert scores.value_quantiles.shape == (2, NUM_TOKENS, 5)
-    expected = [[sum(token) / 5 for token in row] for row in scores.value_quantiles.tolist()]
-    torch.testing.assert_close(scores.values, torch.tensor(expected))
-    # Neither the median nor anything else that coincides with the mean of a symmetric law.
-    assert (scores.values - scores.value_quantiles.median(-1).values).abs().max() > 1e-2
-    assert actor_critic(separate)(IDS, MASK, NUM_TOKENS).value_quantiles is None
-    assert actor_critic(num_quantiles=5)(IDS, MASK, NUM_TOKENS, with_values=False).value_quantiles is None
 
 
 @pytest.mark.parametrize(("detach", "reaches"), [(False, True), (True, False)])
@@ -103,25 +89,18 @@ def test_padding_ids_are_never_read():
     torch.testing.assert_close(module(other, MASK, NUM_TOKENS).logprobs, module(IDS, MASK, NUM_TOKENS).logprobs)
 
 
-@pytest.mark.parametrize("num_quantiles", [None, 5])
 @pytest.mark.parametrize("separate", [False, True])
-def test_critic_round_trip(tmp_path, separate, num_quantiles):
-    module = actor_critic(separate, num_quantiles)
+def test_critic_round_trip(tmp_path, separate):
+    module = actor_critic(separate)
     module.save_critic(tmp_path, module.state_dict())
     kind = json.loads((tmp_path / "critic" / "config.json").read_text())
     assert kind["critic"] == ("separate" if separate else "shared")
-    assert kind["critic_head"] == ("quantile" if num_quantiles else "scalar")
-    fresh = actor_critic(separate, num_quantiles)
+    fresh = actor_critic(separate)
     fresh.policy.load_state_dict(module.policy.state_dict())
     fresh.load_critic(tmp_path)
     torch.testing.assert_close(fresh(IDS, MASK, 3).values, module(IDS, MASK, 3).values, atol=0, rtol=0)
     with pytest.raises(ValueError, match=r"another critic \(critic: '\w+' saved, '\w+' here\)"):
-        actor_critic(not separate, num_quantiles).load_critic(tmp_path)
-    with pytest.raises(ValueError, match=r"critic_head: '\w+' saved, '\w+' here"):
-        actor_critic(separate, None if num_quantiles else 5).load_critic(tmp_path)
-    if num_quantiles is not None:
-        with pytest.raises(ValueError, match=r"\(critic_quantiles: 5 saved, 6 here\)"):
-            actor_critic(separate, 6).load_critic(tmp_path)
+        actor_critic(not separate).load_critic(tmp_path)
     with pytest.raises(ValueError, match="holds no critic"):
         fresh.load_critic(tmp_path / "nowhere")
 
@@ -134,13 +113,12 @@ def test_value_head_stays_in_float32_under_autocast():
         assert head(hidden).item() == pytest.approx(4.004, abs=1e-6)
 
 
-def test_head_cast_to_bfloat16_still_tells_neighbouring_quantiles_apart():
-    head = ValueHead(2, num_quantiles=3)
+def test_head_cast_to_bfloat16_still_multiplies_in_float32():
+    head = ValueHead(2)
     torch.nn.init.ones_(head.linear.weight)
-    with torch.no_grad():
-        head.linear.bias.copy_(torch.tensor([0.0, 0.5, 1.0]))
-    # bfloat16 steps by 2 between 256 and 512: it would answer 256, 256, 256.
-    assert head.to(torch.bfloat16)(torch.full((1, 2), 128.0)).tolist() == [[256.0, 256.5, 257.0]]
+    torch.nn.init.constant_(head.linear.bias, 0.5)
+    # bfloat16 steps by 2 between 256 and 512: it would answer 256.
+    assert head.to(torch.bfloat16)(torch.full((1, 2), 128.0)).tolist() == [256.5]
 
 
 def test_critic_parameters_are_the_ones_outside_the_policy():

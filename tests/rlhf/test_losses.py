@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward.distribution import RewardDistribution
 from rlhf.losses import (
     KL_ESTIMATORS,
     apply_missing_eos,
@@ -15,8 +14,6 @@ from rlhf.losses import (
     entropy,
     explained_variance,
     kl_estimate,
-    midpoint_levels,
-    quantile_value_loss,
     token_logprobs,
     token_logprobs_and_entropy,
 )
@@ -283,59 +280,6 @@ def test_a_value_clip_of_zero_is_refused():
         clipped_value_loss(one, one, one, 0.0, mask=one)
 
 
-# --- quantile value loss --------------------------------------------------------------------------------------------
-
-
-def test_quantile_value_loss_and_gradient_by_hand():
-    # Levels 1/4 and 3/4, κ = 1/2: H(u)/κ is |u| − 1/4 beyond the quadratic zone and u² inside; mean over two levels.
-    #   θ            R    u            weight      H/κ           loss                    gradient −w H′/κ / 2
-    #   1, −2        2    1, 4         1/4, 3/4    3/4, 15/4     (3/16 + 45/16)/2        −1/8, −3/8
-    #   1, 2.25      2    1, −1/4      1/4, 1/4    3/4, 1/16     (3/16 + 1/64)/2         −1/8, 1/16
-    #   0, −1        −3   −3, −2       3/4, 1/4    11/4, 7/4     (33/16 + 7/16)/2        3/8, 1/8
-    quantiles = torch.tensor([[[1.0, -2.0], [1.0, 2.25], [0.0, -1.0]]], dtype=torch.float64, requires_grad=True)
-    returns, mask = torch.tensor([[2.0, 2.0, -3.0]], dtype=torch.float64), torch.ones(1, 3)
-    loss, clipped = quantile_value_loss(quantiles, returns, 0.5, mask=mask)
-    loss.sum().backward()
-    torch.testing.assert_close(loss.detach(), torch.tensor([[1.5, 0.1015625, 1.25]], dtype=torch.float64))
-    gradient = torch.tensor([[[-0.125, -0.375], [-0.125, 0.0625], [0.375, 0.125]]], dtype=torch.float64)
-    torch.testing.assert_close(quantiles.grad, gradient)
-    assert clipped.tolist() == [[False] * 3]
-    # κ = 0: w |u|, so (1/4 + 3)/2, (1/4 + 1/16)/2, (9/4 + 1/2)/2.
-    pinball = quantile_value_loss(quantiles, returns, 0.0, mask=mask).loss
-    torch.testing.assert_close(pinball, torch.tensor([[1.625, 0.15625, 1.375]], dtype=torch.float64))
-
-
-@quick
-@given(
-    st.lists(st.tuples(*[st.floats(-5, 5)] * 4), min_size=1, max_size=5),
-    st.sampled_from([0.0, 0.1, 2.0]),
-)
-def test_quantile_value_loss_equals_the_loop(tokens, kappa):
-    table = torch.tensor([tokens], dtype=torch.float64)
-    actual = quantile_value_loss(table[..., :3], table[..., 3], kappa, mask=torch.ones(1, len(tokens))).loss
-    expected = [reference_ppo.quantile_value_loss(token[:3], token[3], kappa) for token in tokens]
-    torch.testing.assert_close(actual, torch.tensor([expected], dtype=torch.float64))
-
-
-@pytest.mark.parametrize("kappa", [0.0, 0.1])
-def test_equal_quantiles_are_driven_apart(kappa):
-    quantiles = torch.zeros(1, 2, 7, requires_grad=True)
-    quantile_value_loss(quantiles, torch.tensor([[2.0, -3.0]]), kappa, mask=torch.ones(1, 2)).loss.sum().backward()
-    assert (-quantiles.grad.diff(dim=-1) > 0).all()
-
-
-def test_mean_of_quantiles_at_midpoints_is_the_mean_of_their_law():
-    levels = midpoint_levels(5)
-    assert levels.tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
-    values = torch.tensor([-4.0, -1.0, 0.5, 2.0, 8.0])
-    assert RewardDistribution(levels=levels, values=values).mean().item() == pytest.approx(5.5 / 5, abs=1e-6)
-
-
-def test_a_negative_kappa_is_refused():
-    with pytest.raises(ValueError, match="huber_kappa is a width in reward units"):
-        quantile_value_loss(torch.zeros(1, 1, 5), torch.zeros(1, 1), -0.1, mask=torch.ones(1, 1))
-
-
 # --- NaN and infinity behind the mask -------------------------------------------------------------------------------
 
 
@@ -348,8 +292,6 @@ def per_token_terms(name, x, y, z):
         "dual_clip": lambda: clipped_policy_loss(x, y, z, 0.2, mask=MASK, dual_clip=1.5).loss,
         "value": lambda: clipped_value_loss(x, y, z, 0.2, mask=MASK).loss,
         "plain_value": lambda: clipped_value_loss(x, y, z, None, mask=MASK).loss,
-        "quantile_value": lambda: quantile_value_loss(torch.stack([x, x + 1, y], -1), z, 0.3, mask=MASK).loss,
-        "pinball_value": lambda: quantile_value_loss(torch.stack([x, x + 1, y], -1), z, 0.0, mask=MASK).loss,
         "explained_variance": lambda: explained_variance(x, z, MASK),
     }[name]()
 
@@ -365,8 +307,6 @@ def per_token_terms(name, x, y, z):
         "dual_clip",
         "value",
         "plain_value",
-        "quantile_value",
-        "pinball_value",
         "explained_variance",
     ],
 )

@@ -42,12 +42,12 @@ def test_scores_of_cut_batches_come_back_in_place():
         assert torch.equal(part > 0, part_mask)
         seen.append((tuple(part.shape), num_tokens))
         tokens = part[:, -num_tokens:].float()
-        return CompletionScores(tokens, None, None, torch.stack([tokens, -tokens], dim=-1))
+        return CompletionScores(tokens, None, -tokens)
 
     scores = score_rows(forward, ids, mask, num_tokens=3, batches=[torch.tensor([1]), torch.tensor([2, 0])])
     assert seen == [((1, 6), 3), ((2, 4), 2)]
     assert scores.logprobs.tolist() == [[13, 0, 0], [24, 25, 26], [33, 34, 0]]
-    assert scores.value_quantiles[..., 1].tolist() == [[-13, 0, 0], [-24, -25, -26], [-33, -34, 0]]
+    assert scores.entropy.tolist() == [[-13, 0, 0], [-24, -25, -26], [-33, -34, 0]]
     assert scores.values is None
 
 
@@ -120,7 +120,6 @@ def test_micro_batches_by_length_have_the_gradient_of_padded_ones(tmp_path, monk
         "num_ppo_epochs": 2,
         "generation_kwargs": GREEDY,
         "whiten_rewards": True,
-        "critic_head": "quantile",
     }
     runs = {
         aware: train(tmp_path / str(aware), monkeypatch, length_aware=aware, **settings) for aware in (True, False)

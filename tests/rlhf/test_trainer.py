@@ -1,5 +1,6 @@
 """The trainer against what it must not change: the gradient, a resumed run, the reference, a completion's numbers."""
 
+import json
 import math
 from unittest import mock
 
@@ -11,7 +12,7 @@ from tiny import PROMPTS, count_good, logged, tiny_config, tiny_llama, tiny_prom
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf.advantages import token_rewards
-from rlhf.durability import flushed_checksums, seal
+from rlhf.durability import MANIFEST, files_of, flushed_checksums, seal
 from rlhf.masking import masked_sum
 from rlhf.reward_calls import RewardError
 from rlhf.rollout import Rollout
@@ -144,6 +145,25 @@ def test_terminal_reward_sits_on_the_last_real_token(tmp_path):
         assert (returns[~mask] == 0).all()
     lengths = rollout.completion_mask.sum(1)
     assert len(set(lengths.tolist())) > 1, "the case is only tested when completions differ in length"
+
+
+def test_values_and_scores_make_advantages_and_targets(tmp_path):
+    def row_number(prompts, **columns):
+        return [i - 3.0 for i in range(len(prompts))]
+
+    settings = {"gamma": 0.9, "gae_lambda": 0.8, "kl_coef": 0.0, "whiten_advantages": False}
+    trainer = tiny_trainer(tmp_path, reward=row_number, **settings)
+    torch.nn.init.constant_(trainer.model.value_head.linear.bias, 2.0)
+    rollout = collect(trainer, 8)
+    lengths = rollout.completion_mask.sum(1).tolist()
+    assert len(set(lengths)) > 1
+    for row, length in enumerate(lengths):
+        assert rollout.values[row, :length].tolist() == [2.0] * length
+        score, steps = row - 3, range(length - 1, -1, -1)
+        # One-step errors are score - 2 at the end and 0.9 · 2 - 2 = -0.2 before it, summed with decay 0.72.
+        advantages = [0.72**k * (score - 2) - 0.2 * (1 - 0.72**k) / 0.28 for k in steps]
+        assert rollout.advantages[row, :length].tolist() == pytest.approx(advantages, abs=1e-5)
+        assert rollout.returns[row, :length].tolist() == pytest.approx([a + 2 for a in advantages], abs=1e-5)
 
 
 def collect(trainer, rows) -> Rollout:
@@ -485,6 +505,28 @@ def test_checkpoint_of_another_layout_is_refused(tmp_path):
     seal(foreign, flushed_checksums(foreign, ["weights"]))
     with pytest.raises(ValueError, match="not a checkpoint of PPOTrainer"):
         trainer.train(resume_from_checkpoint=str(foreign))
+
+
+@pytest.mark.parametrize(("head", "quantiles"), [("scalar", None), ("quantile", 32)])
+def test_checkpoint_from_when_there_were_two_critic_heads(tmp_path, head, quantiles):
+    """Written with a scalar head it is resumed as ever; with the quantile head it is refused by name."""
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    edits = {"ppo_state.json": {"critic_head": head}}
+    edits["critic/config.json"] = edits["ppo_state.json"] | {"critic_quantiles": quantiles}
+    for name, entries in edits.items():
+        content = json.loads((checkpoint / name).read_text())
+        content.get("layout", content).update(entries)
+        (checkpoint / name).write_text(json.dumps(content))
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint, flushed_checksums(checkpoint, files_of(checkpoint)))
+    later = tiny_trainer(tmp_path, max_steps=3, resume_from_checkpoint="auto")
+    if head == "scalar":
+        later.train("auto")
+        assert later.state.global_step == 3
+    else:
+        with pytest.raises(ValueError, match="critic_head='quantile', which no longer exists"):
+            later.train("auto")
 
 
 def test_a_launch_for_gpus_without_one_is_refused(tmp_path, monkeypatch):
