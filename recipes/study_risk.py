@@ -16,9 +16,14 @@ coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start 
     constraint          --risk mean --constraint "cvar:0.1 >= C". C is what the mean arm reached on its own, by the
                         reward model over the last quarter of its rollouts, plus 0.15: a bound that binds, yet near
     shallow             cvar:0.5, population scope: among the steepest falls of the tail in compare_risk.py; this and
-                        the next two only if asked for by --arms
+                        all that follow but the selections only if asked for by --arms
     annealed            cvar:0.1, population scope, from alpha 1 (the mean) over the first 70 % of training
     mixed               0.5*mean+0.5*cvar:0.1, population scope
+    recent              cvar:0.1, population scope, the law of ratings followed with a decay of 0.5 instead of 0.9
+    larger              as recent, but rollouts of 48 completions, half as many
+    tail_prompts        the mean, prompts drawn in proportion to the extremely negative mass of two answers of the base
+                        (recipes/weigh_prompts.py), a quarter of them uniformly
+    tail_prompts_mixed  0.5*mean+0.5*cvar:0.1 as recent, on the same prompts
     best_of_4_mean      the best of 4 answers of the base by the reward model's mean: no training, 4 times the cost of
     best_of_4_cvar      generation; the same by cvar:0.1 of each answer
 
@@ -62,6 +67,7 @@ from rlhf.durability import newest_sound
 
 ROOT = Path(__file__).resolve().parents[1]
 POPULATION = ("--risk_scope", "population")
+RECENT = (*POPULATION, "--population_decay", "0.5")
 TRAINED: dict[str, tuple[str, ...]] = {
     "mean": ("--risk", "mean"),
     "cvar_response": ("--risk", "cvar:0.1"),
@@ -71,11 +77,17 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "shallow": ("--risk", "cvar:0.5", *POPULATION),
     "annealed": ("--risk", "cvar:0.1", *POPULATION, "--risk_schedule", "linear", "--risk_schedule_span", "0", "0.7"),
     "mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *POPULATION),
+    "recent": ("--risk", "cvar:0.1", *RECENT),
+    "larger": ("--risk", "cvar:0.1", *RECENT),
+    "tail_prompts": ("--risk", "mean"),
+    "tail_prompts_mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *RECENT),
 }
+LARGER = {"larger": 2}  # times the completions of a rollout, with as many rollouts fewer
+WEIGHED = ("tail_prompts", "tail_prompts_mixed")
 N = 4
 SELECTED = {f"best_of_{N}_mean": "mean", f"best_of_{N}_cvar": "cvar:0.1"}
 ARMS = ("base", *TRAINED, *SELECTED)
-ON_DEMAND = ("shallow", "annealed", "mixed")
+ON_DEMAND = ("shallow", "annealed", "mixed", "recent", "larger", *WEIGHED)
 ALL_SEEDS = (1, 2, 3)
 MARGIN = 0.15
 
@@ -121,15 +133,32 @@ class Study:
     # Pieces ---------------------------------------------------------------------------------------------------------
 
     def training(self, arm: str, seed: int) -> Piece:
-        flags = TRAINED[arm]
+        flags, depends, times = TRAINED[arm], (self.ppo,), LARGER.get(arm, 1)
         if arm == "constraint":
             flags = (*flags, f"cvar:0.1 >= {self.bound():g}")
-        steps = self.options.rollouts * self.ppo["num_ppo_epochs"] * self.ppo.get("num_mini_batches", 1)
+        if arm in WEIGHED:
+            weighing = self.weighing()
+            flags = (*flags, "--dataset_name", str(weighing.output), "--prompt_weight_column", "prompt_weight")
+            depends = (*depends, weighing.identity)
+        if times > 1:
+            size = times * self.ppo["per_device_train_batch_size"]
+            flags = (*flags, "--per_device_train_batch_size", str(size))
+        rollouts = max(1, self.options.rollouts // times)
+        steps = rollouts * self.ppo["num_ppo_epochs"] * self.ppo.get("num_mini_batches", 1)
         output = self.folder / "policies" / f"{arm}-{seed}"
         command = ("recipes/ppo.py", "--config", str(self.options.ppo), *flags, "--seed", str(seed))
         command += ("--max_steps", str(steps), "--kl_target", f"{self.options.kl_target:g}")
         command += ("--output_dir", str(output))
-        return Piece(f"train-{arm}-{seed}", command, output, True, (self.ppo,))
+        return Piece(f"train-{arm}-{seed}", command, output, True, depends)
+
+    def weighing(self) -> Piece:
+        """The training prompts with weights by the tail of the base's answers."""
+        output = self.folder / "tail_prompts"
+        command = ("recipes/weigh_prompts.py", "--policy", self.policy, "--dataset_name", self.ppo["dataset_name"])
+        command += ("--reward_model", self.reward_model, "--output_dir", str(output), "--num_samples", "2")
+        command += ("--rating_threshold", f"{self.evaluation['rating_threshold']:g}")
+        command += ("--max_new_tokens", str(self.ppo["max_completion_length"]))
+        return Piece("weigh-prompts", command, output)
 
     def evaluation_of(self, arm: str, seed: int | None = None) -> Piece:
         """Generating and judging, or judging alone for a selection."""
@@ -167,8 +196,10 @@ class Study:
         """What makes a run, in order. Commands may hold numbers that earlier pieces found."""
         if arm == "base":
             return [self.evaluation_of(arm)]
-        made = self.selection(arm) if arm in SELECTED else self.training(arm, seed)
-        return [made, self.evaluation_of(arm, seed)]
+        made = [self.selection(arm)] if arm in SELECTED else [self.training(arm, seed)]
+        if arm in WEIGHED:
+            made = [self.weighing(), *made]
+        return [*made, self.evaluation_of(arm, seed)]
 
     def threshold(self) -> Threshold:
         """The frozen quantile of the base, from its report."""

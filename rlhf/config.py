@@ -43,6 +43,11 @@ class PPOConfig(_BaseConfig):
 
     # Rollout
     num_generations: int = _setting(1, "Completions per prompt.")
+    prompt_weight_column: str | None = _setting(
+        None,
+        "Column of the training data with a weight for each prompt: rollouts draw prompts in proportion. What is "
+        "maximised is then the average over prompts with these weights. Unset: every prompt once an epoch.",
+    )
     max_prompt_length: int | None = _setting(
         None, "Longest prompt in tokens. Unset: what the context leaves beside max_completion_length."
     )

@@ -1,12 +1,15 @@
 """Everything that could make a run fail later, looked at before the first weight is trained."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import PPOConfig
@@ -244,8 +247,35 @@ def check_datasets(
         "template_kwargs": args.chat_template_kwargs,
     }
     train = check_prompts(train, tokenizer, name="train_dataset", **limits)
+    if args.prompt_weight_column is not None:
+        prompt_weights(train, args.prompt_weight_column)
     if isinstance(evaluation, dict):
         evaluation = {name: check_prompts(part, tokenizer, name=name, **limits) for name, part in evaluation.items()}
     elif evaluation is not None:
         evaluation = check_prompts(evaluation, tokenizer, name="eval_dataset", **limits)
     return train, evaluation
+
+
+def prompt_weights(dataset: Dataset, column: str) -> Tensor:
+    """(N,) float64: the column of weights by which rollouts draw prompts.
+
+    Raises:
+        ValueError: the column is missing, or not of finite numbers from 0 on with one above 0.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"prompt_weight_column names {column!r}, but the training data has {', '.join(dataset.column_names)}."
+        )
+    values = list(dataset[column])
+    bad = [
+        i
+        for i, v in enumerate(values)
+        if isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < math.inf
+    ]
+    if bad:
+        raise ValueError(
+            f"column {column!r}: a prompt's weight is a finite number, 0 or more; row {bad[0]} has {values[bad[0]]!r}."
+        )
+    if not any(values):
+        raise ValueError(f"column {column!r} gives every prompt the weight 0: nothing could be drawn.")
+    return torch.tensor(values, dtype=torch.float64)

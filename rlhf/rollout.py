@@ -72,6 +72,9 @@ class RolloutSampler(Sampler[int]):
     The order of epoch e depends on the seed and on e alone, so a run resumed in epoch e continues it; a sampler that
     draws from a generator created once would start again with the first epoch's order.
 
+    With weights a block is a systematic sample: prompt i is expected in it block · wᵢ / Σw times, exactly, and more
+    than once only where that exceeds 1. Blocks are drawn independently, so an epoch does not visit every prompt.
+
     Args:
         num_prompts: size of the dataset.
         block: prompts of one rollout over all processes; a last, smaller block is left out.
@@ -79,6 +82,7 @@ class RolloutSampler(Sampler[int]):
         repeats: micro-batches that train on one rollout.
         seed: of the shuffle; None keeps the order of the dataset.
         epoch: tells the current epoch.
+        weights: (num_prompts,) shares of the rollouts, up to a factor; None visits every prompt once an epoch.
     """
 
     def __init__(
@@ -90,20 +94,35 @@ class RolloutSampler(Sampler[int]):
         repeats: int,
         seed: int | None,
         epoch: Callable[[], int],
+        weights: Tensor | None = None,
     ):
+        self.weights = None if weights is None else weights.double()
         self.num_prompts, self.block = num_prompts, block
         self.num_generations, self.repeats = num_generations, repeats
         self.seed, self.epoch = seed, epoch
 
     def __iter__(self) -> Iterator[int]:
+        for block in self._blocks():
+            for _ in range(self.repeats):
+                for index in block:
+                    yield from [index] * self.num_generations
+
+    def _blocks(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed((self.seed or 0) + 1_000_003 * self.epoch())
+        if self.weights is not None:
+            expected = self.block * self.weights / self.weights.sum()
+            for _ in range(self.num_prompts // self.block):
+                # In a new order each time, because a systematic sample never holds two neighbours of small weight.
+                order = torch.randperm(self.num_prompts, generator=generator)
+                marks = torch.arange(self.block) + torch.rand((), dtype=torch.float64, generator=generator)
+                places = torch.searchsorted(expected[order].cumsum(0), marks, right=True)
+                yield order[places.clamp(max=self.num_prompts - 1)].tolist()
+            return
         order = range(self.num_prompts)
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch())
             order = torch.randperm(self.num_prompts, generator=generator).tolist()
         for start in range(0, self.num_prompts - self.block + 1, self.block):
-            for _ in range(self.repeats):
-                for index in order[start : start + self.block]:
-                    yield from [index] * self.num_generations
+            yield list(order[start : start + self.block])
 
     def __len__(self) -> int:
         return self.num_prompts // self.block * self.block * self.num_generations * self.repeats

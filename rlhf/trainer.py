@@ -28,7 +28,14 @@ from rlhf.masking import centre_and_scale, global_token_mean, masked_mean, maske
 from rlhf.metrics import MetricAverages, add_critic_metrics, add_rollout_metrics, add_update_metrics, score_summary
 from rlhf.nonfinite import FiniteUpdates, UpdateGuard
 from rlhf.passes import ForwardPasses
-from rlhf.preflight import check_batches, check_datasets, check_launch, check_mode, check_output_dir
+from rlhf.preflight import (
+    check_batches,
+    check_datasets,
+    check_launch,
+    check_mode,
+    check_output_dir,
+    prompt_weights,
+)
 from rlhf.rescue import state_rescued
 from rlhf.resuming import DurableCheckpoints
 from rlhf.rollout import (
@@ -339,7 +346,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each item is this process's prompts of one rollout, repeated for every micro-batch that uses the rollout."""
-        args = self.args
+        args, column = self.args, self.args.prompt_weight_column
         sampler = RolloutSampler(
             len(self.train_dataset),
             block=args.rollout_size * self.accelerator.num_processes // args.num_generations,
@@ -347,6 +354,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
             repeats=args.updates_per_rollout * args.gradient_accumulation_steps,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             epoch=lambda: int((self.state.epoch or 0) + 1e-6),
+            weights=None if column is None else prompt_weights(self.train_dataset, column),
         )
         loader = DataLoader(self.train_dataset, batch_size=args.rollout_size, sampler=sampler, collate_fn=list)
         return self.accelerator.prepare(loader)

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -57,6 +58,9 @@ class Machine:
         if script == "best_of_n.py":
             rows = [row for row in read_jsonl(flags["--completions"]) if row["sample"] == 0]
             write_jsonl(flags["--output"], rows)
+            return 0
+        if script == "weigh_prompts.py":
+            Path(flags["--output_dir"]).mkdir(parents=True)
             return 0
         return self.evaluate(flags)
 
@@ -217,22 +221,27 @@ def test_the_constraint_needs_the_mean_arm_or_a_bound(models, tmp_path, machine)
 
 def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
     run(models, tmp_path, "--arms", *recipe.ARMS, "--seeds", 1)
-    ppo, evaluate, select = (load_recipe(name) for name in ("ppo", "evaluate", "best_of_n"))
+    ppo, evaluate, select, weigh = (load_recipe(name) for name in ("ppo", "evaluate", "best_of_n", "weigh_prompts"))
     groups = {
         "recipes/ppo.py": (ppo.DataArguments, ppo.RewardArguments, PPOConfig, ModelConfig),
         "recipes/evaluate.py": (
             evaluate.PolicyArguments, evaluate.PromptArguments, evaluate.JudgeArguments, evaluate.OutputArguments,
         ),
         "recipes/best_of_n.py": (select.SelectionArguments,),
+        "recipes/weigh_prompts.py": (weigh.WeighArguments,),
     }  # fmt: skip
-    objectives = []
+    objectives, completions, weighted = [], [], []
     for script, *flags in machine.calls:
         arguments = TrlParser(groups[script]).parse_args_and_config(flags)
         if script == "recipes/ppo.py":
             reward, args = arguments[1:3]
             (objective,) = ppo.build_objectives(reward.risk, reward.risk_scope, **ppo.risk_settings(reward)).values()
             objectives.append(objective.spec)
-            assert (args.kl_target, args.seed, args.max_steps) == (4.0, 1, 44)
+            completions.append(args.max_steps // 2 * args.rollout_size)
+            weighted.append((args.prompt_weight_column, arguments[0].dataset_name.endswith("tail_prompts")))
+            assert (args.kl_target, args.seed) == (4.0, 1)
+    assert completions == [22 * 24] * 12, "every arm learns from as many completions"
+    assert weighted == [(None, False)] * 10 + [("prompt_weight", True)] * 2
     assert objectives == [
         "mean",
         "cvar:0.1",
@@ -241,6 +250,10 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
         "mean; cvar:0.1 >= -0.1",
         "population cvar:0.5",
         "population mean -> cvar:0.1 (linear, 0 to 0.7)",
+        "population 0.5*mean+0.5*cvar:0.1",
+        "population cvar:0.1",
+        "population cvar:0.1",
+        "mean",
         "population 0.5*mean+0.5*cvar:0.1",
     ]
 

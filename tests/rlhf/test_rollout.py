@@ -11,7 +11,7 @@ from rlhf.rollout import Rollout, RolloutSampler, completions_of, left_pad, toke
 PAD, EOS = 0, 1
 
 
-def sampler(num_prompts=7, *, epoch=0, seed=5, block=3, num_generations=2, repeats=2):
+def sampler(num_prompts=7, *, epoch=0, seed=5, block=3, num_generations=2, repeats=2, weights=None):
     return RolloutSampler(
         num_prompts,
         block=block,
@@ -19,6 +19,7 @@ def sampler(num_prompts=7, *, epoch=0, seed=5, block=3, num_generations=2, repea
         repeats=repeats,
         seed=seed,
         epoch=lambda: epoch,
+        weights=weights,
     )
 
 
@@ -44,6 +45,41 @@ def test_sampler_order_depends_on_seed_and_epoch_alone():
     list(walking)
     current["epoch"] = 1
     assert list(walking) == list(sampler(epoch=1))
+
+
+def test_weighted_sampler_draws_prompts_in_proportion():
+    # Weights of mean 2 and blocks of 3 of 6: a prompt of weight w is expected w / 4 times in a block.
+    weights = torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0, 1.0])
+    counts, blocks = torch.zeros(6), 0
+    for epoch in range(1000):
+        order = list(sampler(6, epoch=epoch, weights=weights, num_generations=1, repeats=1))
+        for block in (order[:3], order[3:]):
+            blocks += 1
+            counts += torch.bincount(torch.tensor(block), minlength=6)
+            # At most ceil(5/4) = 2 times the heaviest, every other prompt at most once.
+            assert max(block.count(i) for i in range(6) if i != 4) <= 1
+            assert 1 <= block.count(4) <= 2
+    # A systematic sample varies less than a binomial one, whose standard deviation is at most sqrt(3 / 4 / 2000).
+    assert (counts / blocks).tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1.25, 0.25], abs=0.05)
+    assert counts[0] == 0
+
+
+def test_weighted_sampler_repeats_blocks_and_depends_on_seed_and_epoch_alone():
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    order = list(sampler(weights=weights))
+    assert order == list(sampler(weights=weights))
+    assert order != list(sampler(weights=weights, epoch=1))
+    assert order != list(sampler(weights=weights, seed=6))
+    assert len(order) == len(sampler(weights=weights)) == 24
+    for start in (0, 12):
+        assert order[start : start + 6] == order[start + 6 : start + 12]
+        assert order[start : start + 6 : 2] == order[start + 1 : start + 6 : 2]
+
+
+def test_equal_weights_never_draw_a_prompt_twice_into_a_block():
+    for epoch in range(50):
+        order = list(sampler(9, epoch=epoch, weights=torch.ones(9), num_generations=1, repeats=1))
+        assert all(len(set(order[i : i + 3])) == 3 for i in (0, 3, 6))
 
 
 def test_left_pad_builds_the_mask_from_lengths():

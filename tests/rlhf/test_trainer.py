@@ -8,7 +8,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny import PROMPTS, count_good, logged, tiny_config, tiny_llama, tiny_prompts, tiny_tokenizer, tiny_trainer
+from tiny import (
+    PROMPTS,
+    WORDS,
+    count_good,
+    logged,
+    tiny_config,
+    tiny_llama,
+    tiny_prompts,
+    tiny_tokenizer,
+    tiny_trainer,
+)
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf.advantages import token_rewards
@@ -455,6 +465,30 @@ def test_whitened_rewards_keep_their_sign(tmp_path):
     assert abs(ratio[0].item() - 1) > 1e-2
 
 
+BY_WEIGHT = {"prompt_weight_column": "tail"}
+
+
+def weighted(weights):
+    prompts = [f"the film is {word}" for word in WORDS[: len(weights)]]
+    return Dataset.from_dict({"prompt": prompts, "tail": weights})
+
+
+def test_prompts_are_drawn_by_their_weights(tmp_path):
+    # Two prompts share all the weight, so a rollout of 8 holds each four times.
+    seen = []
+
+    def reward(prompts, completions, **_):
+        seen.append(sorted(prompts))
+        return [0.0] * len(prompts)
+
+    trainer = tiny_trainer(
+        tmp_path, reward=reward, train_dataset=weighted([0, 3.0, 0, 0, 0, 3.0, 0, 0, 0]), max_steps=2, **BY_WEIGHT
+    )
+    trainer.train()
+    assert seen
+    assert all(prompts == ["the film is a"] * 4 + ["the film is good"] * 4 for prompts in seen)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -472,6 +506,10 @@ def test_whitened_rewards_keep_their_sign(tmp_path):
         ({"reward": []}, "reward_funcs is empty"),
         ({"stop_tokens": ["two words"]}, "not a single token"),
         ({"pad_token": "<none>"}, "not in the tokenizer's vocabulary"),
+        ({"prompt_weight_column": "tail"}, "names 'tail', but the training data has prompt"),
+        ({"train_dataset": weighted([1.0] * 8 + [-0.5]), **BY_WEIGHT}, "0 or more; row 8 has -0.5"),
+        ({"train_dataset": weighted([math.nan] + [1.0] * 8), **BY_WEIGHT}, "row 0 has nan"),
+        ({"train_dataset": weighted([0.0] * 9), **BY_WEIGHT}, "every prompt the weight 0"),
     ],
 )
 def test_bad_input_is_refused_before_training(tmp_path, changes, message):
