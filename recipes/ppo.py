@@ -20,6 +20,7 @@ from reward.tables import check_prompts, read_dataset
 from rlhf.attributes import build_objectives
 from rlhf.command_line import run
 from rlhf.config import PPOConfig
+from rlhf.population import DECAY
 from rlhf.preflight import check_launch, check_output_dir
 from rlhf.reward_function import RiskReward
 from rlhf.trainer import PPOTrainer
@@ -89,7 +90,11 @@ class RewardArguments:
         metadata={"help": "Shares of training between which the measure changes; the multipliers warm up with it."},
     )
     population_decay: float = field(
-        default=0.9, metadata={"help": "Weight of the past in the law of ratings of the population, per rollout."}
+        default=DECAY,
+        metadata={
+            "help": "Weight of the past in the law of ratings of the population, per rollout. Higher is smoother, and "
+            "lags behind the policy."
+        },
     )
     reward_batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of the reward model."})
     reward_max_length: int | None = field(

@@ -66,8 +66,9 @@ from eval.tail import Threshold
 from rlhf.durability import newest_sound
 
 ROOT = Path(__file__).resolve().parents[1]
-POPULATION = ("--risk_scope", "population")
-RECENT = (*POPULATION, "--population_decay", "0.5")
+# The decay with which the study was made; RECENT has the default.
+POPULATION = ("--risk_scope", "population", "--population_decay", "0.9")
+RECENT = ("--risk_scope", "population", "--population_decay", "0.5")
 TRAINED: dict[str, tuple[str, ...]] = {
     "mean": ("--risk", "mean"),
     "cvar_response": ("--risk", "cvar:0.1"),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rlhf.measures import RiskMeasure, RiskSpecError
 from rlhf.objective import RiskObjective
+from rlhf.population import DECAY
 from rlhf.risk import parse_risk
 from rlhf.schedules import RiskSchedule
 
@@ -19,7 +20,7 @@ def build_objectives(
     schedule: str | None = None,
     schedule_from: str | RiskMeasure = "mean",
     schedule_span: tuple[float, float] = (0.0, 1.0),
-    decay: float = 0.9,
+    decay: float = DECAY,
     constraint_step_size: float = 0.1,
 ) -> dict[str, RiskObjective]:
     """The objective of the answer as a whole, under `WHOLE`, or one per attribute, under its name.

@@ -12,7 +12,7 @@ from rlhf.constraints import DualAscent, Reading, parse_constraint
 from rlhf.guards import RiskGuards
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
 from rlhf.measures import RiskMeasure, RiskSpecError
-from rlhf.population import PopulationTracker
+from rlhf.population import DECAY, PopulationTracker
 from rlhf.risk import parse_risk
 from rlhf.schedules import RiskSchedule
 
@@ -65,7 +65,7 @@ class RiskObjective:
         *,
         constraints: Sequence[str] = (),
         schedule: RiskSchedule | None = None,
-        decay: float = 0.9,
+        decay: float = DECAY,
         constraint_step_size: float = 0.1,
     ):
         self.measure = parse_risk(risk) if isinstance(risk, str) else risk
