@@ -39,8 +39,7 @@ class RiskSchedule:
     ):
         if shape not in SHAPES:
             raise RiskSpecError(f"a risk schedule is one of {', '.join(SHAPES)}, got {shape!r}")
-        if not (math.isfinite(begin) and math.isfinite(end) and 0 <= begin < end <= 1):
-            raise RiskSpecError(f"a risk schedule needs 0 <= begin < end <= 1, got begin={begin}, end={end}")
+        check_span("a risk schedule", begin, end)
         self.first, self.last, self.shape, self.begin, self.end = first, last, shape, begin, end
 
     @property
@@ -69,6 +68,16 @@ class RiskSchedule:
             # Rounding to ten digits keeps 0.1 + 0.2 out of the metrics' names.
             return type(first)(*(round((1 - weight) * start + weight * stop, 10) for start, stop in ends))
         return WeightedSum([(1 - weight, first), (weight, last)])
+
+
+def check_span(what: str, begin: float, end: float) -> None:
+    """Refuse what is no span of training.
+
+    Raises:
+        RiskSpecError: other than 0 <= begin < end <= 1.
+    """
+    if not (math.isfinite(begin) and math.isfinite(end) and 0 <= begin < end <= 1):
+        raise RiskSpecError(f"{what} needs 0 <= begin < end <= 1, got begin={begin}, end={end}")
 
 
 def _numbers(measure: RiskMeasure) -> list[float]:
