@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
+from reward.mixtures import tail_levels
 from rlhf.constraints import DualAscent, Reading, parse_constraint
 from rlhf.guards import RiskGuards
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
@@ -257,6 +258,8 @@ class RiskObjective:
         if state["objective"] != self.spec:
             raise ValueError(f"the checkpoint was trained on '{state['objective']}', this run on '{self.spec}'")
         self.tracker.load_state_dict(state["population"])
+        # Checkpoints before the finer levels of the tails hold 400: their tail is as blurred as it was, and forgotten.
+        self.tracker.bring_to(tail_levels())
         self.dual.load_state_dict(state["dual"])
         self.guards.load_state_dict(state["guards"])
 
@@ -340,4 +343,4 @@ def _population(laws: RewardDistribution) -> RewardDistribution:
     if len(laws) == 1:
         # One law alone would stay on its own few levels, and the tracker could not average it with others.
         laws = laws[torch.tensor([0, 0])]
-    return population_law(laws).to(torch.float64)
+    return population_law(laws.to(torch.float64))

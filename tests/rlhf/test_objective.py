@@ -383,6 +383,16 @@ def test_state_continues_bit_by_bit():
         RiskObjective("cvar:0.2").load_state_dict(first.state_dict())
 
 
+def test_a_checkpoint_with_the_old_levels_of_the_population_is_brought_to_the_new_ones():
+    old = RiskObjective("cvar:0.2", "population")
+    old.tracker.update(population_law(spread_laws(), 400))
+    new = RiskObjective("cvar:0.2", "population")
+    new.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    assert new.tracker.law.quantile(0.2).item() == pytest.approx(old.tracker.law.quantile(0.2).item(), abs=1e-3)
+    assert new.tracker.law.mean().item() == pytest.approx(old.tracker.law.mean().item(), abs=1e-3)
+    assert new.learn(spread_laws(seed=1)).utility.isfinite().all()
+
+
 def test_user_functions_have_no_population():
     with pytest.raises(RiskSpecError, match="response scope only"):
         RiskObjective("python:math:floor", "population")
