@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import reference_risk
 import torch
+from bandits import staircase
 
 from reward.distribution import RewardDistribution
 from rlhf.attributes import WHOLE, build_objectives, split_attributes
@@ -14,7 +16,7 @@ from rlhf.influence import population_law
 from rlhf.measures import RiskSpecError
 from rlhf.objective import RiskObjective, evaluate_together, learn_together
 from rlhf.population import PopulationTracker
-from rlhf.risk import parse_risk
+from rlhf.risk import MEASURES, parse_risk
 from rlhf.schedules import RiskSchedule
 
 LEVELS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -309,6 +311,35 @@ def test_response_scope_is_the_measure_of_each_law():
     utility, numbers, _, _ = RiskObjective("cvar:0.3").learn(laws)
     torch.testing.assert_close(utility, parse_risk("cvar:0.3")(laws), atol=0, rtol=0)
     assert numbers["population/rating_mean"] == pytest.approx(laws.mean().mean().item(), abs=1e-9)
+
+
+# A parameter off the examples for every measure.
+DISCRETE = {"mean": [], "quantile": [0.13], "cvar": [0.13], "mean_variance": [0.4], "mean_std": [0.7]}
+DISCRETE |= {"semideviation": [0.8], "entropic": [0.6], "expectile": [0.15], "below": [-1.0], "wang": [0.6]}
+DISCRETE |= {"power": [1.7], "cpw": [0.65], "spectral": [(0.6, 1.0), (0.3, 0.31), (0.1, 0.07)]}
+
+
+assert set(DISCRETE) == set(MEASURES)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_response_scope_of_random_discrete_laws_equals_the_definition(name):
+    generator = torch.Generator().manual_seed(11)
+    outcomes = torch.tensor([-3.5, -2.25, -1.0, 0.25, 0.5, 2.0, 3.75], dtype=torch.float64)
+    # Some outcomes of some laws have no mass at all, but for the best one.
+    weights = torch.rand(30, 7, generator=generator).double() ** 3 * (torch.rand(30, 7, generator=generator) > 0.3)
+    weights[:, -1] += 0.01
+    probabilities = weights / weights.sum(-1, keepdim=True)
+    numbers = DISCRETE[name]
+    text = ",".join("@".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in numbers)
+    utility = RiskObjective(f"{name}:{text}" if text else name).learn(staircase(outcomes, probabilities)).utility
+    for row, found in zip(probabilities.numpy(), utility.tolist(), strict=True):
+        if name == "quantile":
+            expected = outcomes[int((row.cumsum() < numbers[0]).sum())].item()
+        else:
+            expected = reference_risk.discrete_utility(name, numbers, outcomes.numpy(), row)
+        # Each jump is bridged over a mass of 2e-7.
+        assert found == pytest.approx(expected, abs=2e-5)
 
 
 def test_population_scope_looks_at_the_population_of_all_steps():
