@@ -142,10 +142,11 @@ def test_the_objective_of_a_trainer_finds_them_too(problem, settings, steps, see
     bandit = Bandit.of([arms], [1.0])
     found = policies(bandit, worth_of, seed, steps=steps, learning_rate=0.3, epochs=1, kl_coef=KL)
     found = torch.stack([policy[0] for policy in found])
+    # Over sixty steps the policy is known to 0.01 or so and a multiplier to a sixth, as above.
     assert found[-60:].mean(dim=0).tolist() == pytest.approx(best, abs=0.03)
     expected = multipliers_by_hand(problem, best)
     last = torch.tensor(multipliers[-60:]).log().mean(dim=0).exp()
-    assert last.tolist() == pytest.approx(expected.tolist(), rel=0.2)
+    assert last.tolist() == pytest.approx(expected.tolist(), rel=0.2)  # a sixth, as said above
 
 
 @pytest.mark.parametrize("seed", SEEDS)
