@@ -22,12 +22,15 @@ def build_objectives(
     decay: float = 0.9,
     constraint_step_size: float = 0.1,
     constraint_warmup: tuple[float, float] | None = None,
+    constraint_start: float = 1.0,
+    constraint_bounds: tuple[float, float] = (1e-3, 1e2),
 ) -> dict[str, RiskObjective]:
     """The objective of the answer as a whole, under `WHOLE`, or one per attribute, under its name.
 
     Args:
-        risk, scope, constraints, schedule, schedule_from, schedule_span, decay, constraint_step_size,
-            constraint_warmup: as for `RiskReward`. An attribute may have a constraint and no measure.
+        risk, scope, constraints, schedule, schedule_from, schedule_span: as for `RiskReward`. An attribute may have a
+            constraint and no measure.
+        decay, constraint_step_size, constraint_warmup, constraint_start, constraint_bounds: as for `RiskObjective`.
 
     Raises:
         RiskSpecError: a spec that cannot be read, or a constraint on an attribute beside a measure of the whole.
@@ -57,6 +60,8 @@ def build_objectives(
             decay=decay,
             constraint_step_size=constraint_step_size,
             constraint_warmup=constraint_warmup,
+            constraint_start=constraint_start,
+            constraint_bounds=constraint_bounds,
         )
     return objectives
 

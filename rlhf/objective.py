@@ -56,6 +56,10 @@ class RiskObjective:
         constraint_step_size: η of `DualAscent`.
         constraint_warmup: shares of training between which the multipliers come in, from 0 to their full size; None:
             they count in full from the start.
+        constraint_start, constraint_bounds: first multiplier, and the lowest and highest ones, see `DualAscent`.
+
+    Attributes:
+        planned_steps: length of the run that the schedule and the warm-up are shares of, as far as it is known.
 
     Raises:
         RiskSpecError: a spec that cannot be read, or a measure without an influence function in population scope.
@@ -71,6 +75,8 @@ class RiskObjective:
         decay: float = 0.9,
         constraint_step_size: float = 0.1,
         constraint_warmup: tuple[float, float] | None = None,
+        constraint_start: float = 1.0,
+        constraint_bounds: tuple[float, float] = (1e-3, 1e2),
     ):
         self.measure = parse_risk(risk) if isinstance(risk, str) else risk
         if scope not in SCOPES:
@@ -83,7 +89,13 @@ class RiskObjective:
             for measure in (self.measure, *([schedule.first] if schedule else [])):
                 check_population_scope(measure)
         self.tracker = PopulationTracker(decay)
-        self.dual = DualAscent([parse_constraint(spec) for spec in constraints], constraint_step_size)
+        self.dual = DualAscent(
+            [parse_constraint(spec) for spec in constraints],
+            constraint_step_size,
+            constraint_start,
+            tuple(constraint_bounds),
+        )
+        self.planned_steps: int | None = None
         self.guards = RiskGuards()
 
     @property
@@ -144,6 +156,22 @@ class RiskObjective:
         Before the first rollout of training the laws themselves are the population.
         """
         return evaluate_together({"": self}, {"": laws}, progress)[""]
+
+    def plan(self, step: int, max_steps: int) -> list[str]:
+        """A warning where the run has become longer or shorter, so that a schedule or a warm-up jumps.
+
+        Args:
+            step, max_steps: of the trainer.
+        """
+        before, self.planned_steps = self.planned_steps, max_steps
+        moving = self.schedule is not None or (self.warmup is not None and bool(self.dual.constraints))
+        if before in (None, max_steps) or not moving:
+            return []
+        return [
+            f"this run was to end after {before} steps and now ends after {max_steps}: '{self.spec}' goes by the "
+            f"share of training that is done, which jumps from {min(step / before, 1):.3g} to "
+            f"{step / max_steps:.3g}. Resume with max_steps {before}, or start anew."
+        ]
 
     def _objective(self, laws: RewardDistribution, progress: float | None) -> Tensor:
         """u₀ of each answer, (N,); NaN for a law that is not finite."""
@@ -212,9 +240,12 @@ class RiskObjective:
         }
         if self.scope == "population" and measure is not None:
             for name, value in statistics(measure, self.tracker.law).items():
+                # Where a schedule moves the numbers of a measure its name changes; that of its statistic does not.
+                short = name.split("/")[-1] if self.schedule and not self.schedule.mixes else name
                 if value.numel() == 1:
-                    # The name of a scheduled measure changes; that of its statistic does not.
-                    numbers[f"risk/{name.split('/')[-1] if self.schedule else name}"] = value.item()
+                    numbers[f"risk/{short}"] = value.item()
+                elif name.endswith("/nu"):
+                    numbers |= {f"risk/{short}_{place}": nu for place, nu in enumerate(value.tolist(), start=1)}
         return numbers
 
     def _constraint_numbers(self, readings: Sequence[Reading], ramp: float) -> dict[str, float]:
@@ -247,6 +278,7 @@ class RiskObjective:
             "population": self.tracker.state_dict(),
             "dual": self.dual.state_dict(),
             "guards": self.guards.state_dict(),
+            "planned_steps": self.planned_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -262,6 +294,7 @@ class RiskObjective:
         self.tracker.bring_to(tail_levels())
         self.dual.load_state_dict(state["dual"])
         self.guards.load_state_dict(state["guards"])
+        self.planned_steps = state.get("planned_steps")
 
 
 def learn_together(

@@ -199,6 +199,10 @@ class RiskReward:
             utilities = evaluate_together(self.objectives, laws, progress, self._by_attribute(weights))
         else:
             utilities = self._learn(prompts, laws, weights, progress, log_metric)
+            if progress is not None:
+                for name, objective in self.objectives.items():
+                    for warning in objective.plan(state.global_step, state.max_steps):
+                        warnings.warn(warning if name == WHOLE else f"{name}: {warning}", stacklevel=2)
         if log_metric is not None:
             self._log_telemetry(laws, log_metric)
         return torch.stack(list(utilities.values())).sum(dim=0).tolist()

@@ -46,6 +46,11 @@ class RiskSchedule:
     def spec(self) -> str:
         return f"{self.first.spec} -> {self.last.spec} ({self.shape}, {self.begin:g} to {self.end:g})"
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the two measures are added on the way, in place of meeting in their numbers."""
+        return isinstance(self._between(0.5), WeightedSum)
+
     def weight(self, progress: float) -> float:
         """w at a share of training in [0, 1]: 0 is the first measure, 1 the last."""
         share = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
@@ -56,8 +61,9 @@ class RiskSchedule:
         weight = self.weight(progress)
         if weight == 0:
             return self.first
-        if weight == 1:
-            return self.last
+        return self.last if weight == 1 else self._between(weight)
+
+    def _between(self, weight: float) -> RiskMeasure:
         first, last = self.first, self.last
         if isinstance(first, Mean) and isinstance(last, CVaR):
             first = CVaR(1.0)

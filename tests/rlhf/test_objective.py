@@ -554,6 +554,31 @@ def test_the_log_of_a_constraint_has_the_interval_over_prompts():
     assert broken["constraint/mean/holds"] == 0.0
 
 
+def test_every_tail_and_every_term_has_a_name_of_its_own_in_the_log():
+    def names(risk, progress=None, **settings):
+        objective = RiskObjective(risk, "population", **settings)
+        numbers = objective.learn(spread_laws(), progress=progress).numbers
+        return {name: value for name, value in numbers.items() if name.endswith(("/nu", "/nu_1", "/nu_2", "/mu"))}
+
+    tails = names("spectral:0.6@0.5,0.4@0.2")
+    law = population_law(spread_laws())
+    expected = {f"risk/spectral:0.6@0.5,0.4@0.2/nu_{i}": law.quantile(a).item() for i, a in ((1, 0.5), (2, 0.2))}
+    assert tails == pytest.approx(expected)
+    # Two tails of a sum that is mixed in keep their specs; the numbers of one moving measure have one name.
+    mixed = names("0.5*cvar:0.2+0.5*cvar:0.5", 0.5, schedule=schedule("mean", "0.5*cvar:0.2+0.5*cvar:0.5"))
+    assert list(mixed) == ["risk/cvar:0.2/nu", "risk/cvar:0.5/nu"]
+    for progress in (0.3, 0.5, 1.0):
+        assert list(names("cvar:0.2", progress, schedule=schedule("cvar:0.9", "cvar:0.2"))) == ["risk/nu"]
+
+
+def test_start_and_bounds_of_multipliers_are_those_that_were_asked_for():
+    settings = {"constraint_start": 10.0, "constraint_bounds": (5.0, 10.5)}
+    objective = build_objectives("mean", constraints=["mean >= 90"], **settings)[WHOLE]
+    assert objective.dual.multipliers == pytest.approx([10.0])
+    objective.learn(spread_laws())
+    assert objective.dual.multipliers == pytest.approx([10.5])
+
+
 # ---- Attributes --------------------------------------------------------------------------------------------------
 
 

@@ -414,3 +414,25 @@ def test_resumed_run_keeps_population_multipliers_and_schedule(tmp_path):
     )
     with pytest.raises(ValueError, match="this run on"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_scheduled_run_of_another_length_says_that_it_jumps():
+    def at(reward, step, max_steps):
+        state = SimpleNamespace(global_step=step, max_steps=max_steps)
+        reward(PROMPTS, COMPLETIONS, trainer_state=state)
+
+    first, plain = risk_reward("cvar:0.2", schedule="linear"), risk_reward("cvar:0.2")
+    for reward in (first, plain):
+        at(reward, 0, 8)
+        at(reward, 4, 8)
+    second = risk_reward("cvar:0.2", schedule="linear")
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    with pytest.warns(UserWarning, match=r"end after 8 steps and now ends after 16: .* jumps from 0\.5 to 0\.25"):
+        at(second, 4, 16)
+    # Once, and not where nothing depends on the length.
+    at(second, 6, 16)
+    at(plain, 4, 16)
+    warming = risk_reward("mean", constraints=["mean >= 0"], constraint_warmup=(0.0, 0.5))
+    at(warming, 0, 8)
+    with pytest.warns(UserWarning, match="jumps from"):
+        at(warming, 4, 6)
