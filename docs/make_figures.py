@@ -1,8 +1,11 @@
 """Draw the picture of the README, two answers with one mean and two tails, and those of the guides in docs/.
 
 .venv/bin/python docs/make_figures.py
+
+The pictures of measures carry their curves as numbers, by which a test knows a picture that the code has left behind.
 """
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -11,9 +14,10 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from eval.risk_figures import draw_influence, draw_weights
+from eval.risk_figures import draw_influence, draw_weights, rank_weights, tenths
 from reward.distribution import RewardDistribution
 from reward.mixtures import mixture, normal_law, quantile_average
+from rlhf.influence import expected_influence, statistics
 from rlhf.risk import parse_risk
 
 LEVELS = torch.linspace(0, 1, 21)[1:-1]
@@ -27,6 +31,8 @@ COLOURS = {"safe answer": "#0072B2", "divisive answer": "#D55E00"}
 IMAGES = Path(__file__).parent / "images"
 PANELS = ["quantile:0.1", "cvar:0.1", "spectral:0.7@1,0.3@0.1", "mean_variance:0.3", "mean_std:1", "semideviation:1"]
 PANELS += ["entropic:1", "expectile:0.1", "below:-1", "wang:0.75", "power:2", "cpw:0.71"]
+# Under this name a PNG holds the numbers of its curves.
+CURVES = "Curves"
 # Ten times the usual, so that the ends of the curves are smooth.
 DENSE = 4000
 
@@ -103,7 +109,7 @@ def draw_risk_weights() -> None:
     figure.supxlabel("share of readers, unhappiest first", fontsize=9)
     figure.supylabel("weight of a rank (dashed: the mean's)", fontsize=9)
     figure.tight_layout()
-    figure.savefig(IMAGES / "risk_weights.png")
+    figure.savefig(IMAGES / "risk_weights.png", metadata={CURVES: json.dumps(weight_curves())})
 
 
 def draw_influences() -> None:
@@ -118,7 +124,21 @@ def draw_influences() -> None:
     figure.supxlabel("rating", fontsize=9)
     figure.supylabel("worth of one more such rating (dashed: the rating itself)", fontsize=9)
     figure.tight_layout()
-    figure.savefig(IMAGES / "risk_influence.png")
+    figure.savefig(IMAGES / "risk_influence.png", metadata={CURVES: json.dumps(influence_curves())})
+
+
+def weight_curves() -> dict[str, list[float]]:
+    """By measure, the weight of each tenth of readers."""
+    law = two_camps()
+    return {spec: [round(float(w), 5) for w in tenths(rank_weights(parse_risk(spec), law)[1])] for spec in PANELS}
+
+
+def influence_curves() -> dict[str, list[float]]:
+    """By measure, the worth of a sure rating at -4, -3.5, ..., 4."""
+    population, measures = two_camps(), {spec: parse_risk(spec) for spec in PANELS}
+    sure = RewardDistribution([0.5], torch.linspace(-4, 4, 17, dtype=torch.float64).unsqueeze(-1))
+    worth = {spec: expected_influence(m, sure, statistics(m, population)) for spec, m in measures.items()}
+    return {spec: [round(value, 5) for value in values.tolist()] for spec, values in worth.items()}
 
 
 def two_camps() -> RewardDistribution:

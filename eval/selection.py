@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
-from reward.mixtures import DENSE_LEVELS
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
 from rlhf.measures import RiskMeasure
 
@@ -45,7 +44,7 @@ def select_best(
     scope: str = "response",
     *,
     max_rounds: int = MAX_ROUNDS,
-    num_levels: int = DENSE_LEVELS,
+    num_levels: int | None = None,
 ) -> Selection:
     """The best of n answers to each prompt.
 
@@ -66,7 +65,7 @@ def select_best(
         cpw, semideviation, sums with        Neither holds; a round may go down, and `max_rounds` or a selection that
             a negative weight                comes back ends the climb.
 
-    All of this up to the blur of a population on `num_levels` levels, and to that of `quantile`, whose density is read
+    All of this up to the blur of a population on its levels, and to that of `quantile`, whose density is read
     off a band. Over 100 random problems of 5 prompts, 3 answers and 9 levels, the climbs ended at the best of all 243
     selections in 100 for mean, entropic, expectile and semideviation, in 95 to 99 for the others but cpw, in 85 for
     cpw. Response scope agrees for mean, below and entropic, and is best in 43 to 82 for the others.
@@ -78,7 +77,7 @@ def select_best(
         measure: ρ.
         scope: "response" or "population".
         max_rounds: Rounds of one climb, at least 1.
-        num_levels: Of the law of all ratings; see `reward.mixtures.mixture` for what that costs.
+        num_levels: Of the law of all ratings; None: `reward.mixtures.tail_levels`.
 
     Raises:
         ValueError: another batch shape or scope, no answer, or a prompt none of whose answers has a finite utility.
@@ -137,7 +136,7 @@ def _climb(
     finite: Tensor,
     measure: RiskMeasure,
     max_rounds: int,
-    num_levels: int,
+    num_levels: int | None,
 ) -> Selection:
     """The best selection on the way from `start` to a selection that is its own best reply."""
     here, best, seen = start, start, [start.chosen]
@@ -160,7 +159,7 @@ def _climb(
 
 
 def _chosen_by(
-    utilities: Tensor, finite: Tensor, laws: RewardDistribution, measure: RiskMeasure, num_levels: int
+    utilities: Tensor, finite: Tensor, laws: RewardDistribution, measure: RiskMeasure, num_levels: int | None
 ) -> Selection:
     """The answer with the highest utility for each prompt, the first among equals."""
     utilities = torch.where(finite & utilities.isfinite(), utilities.double(), -math.inf)
@@ -175,6 +174,6 @@ def _chosen_by(
     return Selection(chosen, utilities, float(measure(_population(laws, chosen, num_levels))))
 
 
-def _population(laws: RewardDistribution, chosen: Tensor, num_levels: int) -> RewardDistribution:
+def _population(laws: RewardDistribution, chosen: Tensor, num_levels: int | None) -> RewardDistribution:
     """The law of a rating of the selected answers together."""
     return population_law(laws[torch.arange(len(chosen), device=chosen.device), chosen], num_levels)

@@ -81,13 +81,19 @@ class RewardArguments:
         default=0.1,
         metadata={"help": "Step of the log multipliers; a rollout changes one by at most its exponential."},
     )
+    constraint_warmup: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Two shares of training between which the constraints come in; unset: in full from the start."
+        },
+    )
     risk_schedule: str | None = field(
         default=None, metadata={"help": "'linear' or 'cosine': reach --risk over training, from --risk_schedule_from."}
     )
     risk_schedule_from: str = field(default="mean", metadata={"help": "Risk measure at the start of the schedule."})
     risk_schedule_span: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata={"help": "Shares of training between which the measure changes; the multipliers warm up with it."},
+        metadata={"help": "Shares of training between which the measure changes."},
     )
     population_decay: float = field(
         default=DECAY,
@@ -136,9 +142,12 @@ def risk_settings(reward: RewardArguments) -> dict[str, Any]:
     """Keyword arguments of `RiskReward` about constraints, schedule and statistics."""
     if len(reward.risk_schedule_span) != 2:
         raise ValueError(f"risk_schedule_span takes two shares of training, got {reward.risk_schedule_span}")
+    if reward.constraint_warmup and len(reward.constraint_warmup) != 2:
+        raise ValueError(f"constraint_warmup takes two shares of training, got {reward.constraint_warmup}")
     return {
         "constraints": reward.constraint,
         "constraint_step_size": reward.constraint_step_size,
+        "constraint_warmup": tuple(reward.constraint_warmup) or None,
         "schedule": reward.risk_schedule,
         "schedule_from": reward.risk_schedule_from,
         "schedule_span": tuple(reward.risk_schedule_span),

@@ -22,37 +22,47 @@ def build_objectives(
     schedule_span: tuple[float, float] = (0.0, 1.0),
     decay: float = DECAY,
     constraint_step_size: float = 0.1,
+    constraint_warmup: tuple[float, float] | None = None,
+    constraint_start: float = 1.0,
+    constraint_bounds: tuple[float, float] = (1e-3, 1e2),
 ) -> dict[str, RiskObjective]:
     """The objective of the answer as a whole, under `WHOLE`, or one per attribute, under its name.
 
     Args:
-        risk, scope, constraints, schedule, schedule_from, schedule_span, decay, constraint_step_size: as for
-            `RiskReward`.
+        risk, scope, constraints, schedule, schedule_from, schedule_span: as for `RiskReward`. An attribute may have a
+            constraint and no measure.
+        decay, constraint_step_size, constraint_warmup, constraint_start, constraint_bounds: as for `RiskObjective`.
 
     Raises:
-        RiskSpecError: a spec that cannot be read, or a constraint on an attribute without a measure.
+        RiskSpecError: a spec that cannot be read, or a constraint on an attribute beside a measure of the whole.
     """
-    measures = split_attributes(risk) if isinstance(risk, str) else {WHOLE: risk}
+    measures: dict[str, str | RiskMeasure | None] = {WHOLE: risk}
+    if isinstance(risk, str):
+        measures = dict(split_attributes(risk))
     bounds: dict[str, list[str]] = {name: [] for name in measures}
     for spec in constraints:
         name, bound = attribute_of_constraint(spec)
-        if name not in bounds:
+        if (name == WHOLE) != (WHOLE in measures):
             known = ", ".join(f"'{known}=...'" for known in measures if known != WHOLE) or "no attribute"
             raise RiskSpecError(f"the constraint {spec!r} does not fit the risk, which speaks of {known}")
-        bounds[name].append(bound)
+        bounds.setdefault(name, []).append(bound)
     if schedule is None and schedule_from != "mean":
         raise RiskSpecError(f"a start at {schedule_from!r} needs a schedule, 'linear' or 'cosine'")
     first = parse_risk(schedule_from) if isinstance(schedule_from, str) else schedule_from
     objectives = {}
-    for name, spec in measures.items():
+    for name in bounds:
+        spec = measures.get(name)
         last = parse_risk(spec) if isinstance(spec, str) else spec
         objectives[name] = RiskObjective(
             last,
             scope,
             constraints=bounds[name],
-            schedule=None if schedule is None else RiskSchedule(first, last, schedule, *schedule_span),
+            schedule=None if schedule is None or last is None else RiskSchedule(first, last, schedule, *schedule_span),
             decay=decay,
             constraint_step_size=constraint_step_size,
+            constraint_warmup=constraint_warmup,
+            constraint_start=constraint_start,
+            constraint_bounds=constraint_bounds,
         )
     return objectives
 

@@ -184,6 +184,34 @@ class DualAscent:
     def multipliers(self) -> list[float]:
         return [math.exp(log) for log in self._log]
 
+    def pull(
+        self, laws: RewardDistribution, population: RewardDistribution, ramp: float = 1.0
+    ) -> tuple[Tensor, float]:
+        """What the constraints add to each answer, Σ λᵢ uᵢ, (N,), and how large that is, Σ λᵢ sᵢ.
+
+        Args:
+            laws: (N,) laws of the answers.
+            population: batch shape ().
+            ramp: factor on all multipliers, for a warm-up.
+        """
+        total, size = laws.values.new_zeros(laws.batch_shape), 0.0
+        for i, (constraint, multiplier) in enumerate(zip(self.constraints, self.multipliers, strict=True)):
+            of_population = statistics(constraint.measure, population)
+            worth = expected_influence(constraint.measure, laws, of_population).to(total.dtype)
+            total = total + ramp * multiplier * worth
+            # Before the first step the batch itself says how large things are.
+            size += ramp * multiplier * (self._scale(i + 1) or _spread(worth))
+        return total, size
+
+    def size_beside(self, objective: Tensor, size: float) -> float:
+        """How much larger the Lagrangian is than the objective alone, 1 + Σ λᵢ sᵢ/s₀.
+
+        Args:
+            objective: (N,) u₀.
+            size: Σ λᵢ sᵢ, of all constraints that are added to it.
+        """
+        return 1.0 + size / (self._scale(0) or _spread(objective) or 1.0)
+
     def utility(
         self, objective: Tensor, laws: RewardDistribution, population: RewardDistribution, ramp: float = 1.0
     ) -> Tensor:
@@ -195,19 +223,10 @@ class DualAscent:
 
         Args:
             objective: (N,) u₀.
-            laws: (N,) laws of the answers.
-            population: batch shape ().
-            ramp: factor on all multipliers, for a warm-up.
+            laws, population, ramp: as for `pull`.
         """
-        total, size = objective, 1.0
-        for i, (constraint, multiplier) in enumerate(zip(self.constraints, self.multipliers, strict=True)):
-            of_population = statistics(constraint.measure, population)
-            worth = expected_influence(constraint.measure, laws, of_population).to(objective.dtype)
-            total = total + ramp * multiplier * worth
-            # Before the first step the batch itself says how large things are.
-            own = self._scale(i + 1) or _spread(worth)
-            size += ramp * multiplier * own / (self._scale(0) or _spread(objective) or 1.0)
-        return total / size
+        pull, size = self.pull(laws, population, ramp)
+        return (objective + pull) / self.size_beside(objective, size)
 
     def read(
         self, population: RewardDistribution, laws: RewardDistribution, groups: Tensor | None = None
@@ -215,12 +234,14 @@ class DualAscent:
         """What one batch says about each constraint; arguments as for `read_constraint`."""
         return [read_constraint(constraint, population, laws, groups) for constraint in self.constraints]
 
-    def step(self, objective: Tensor, readings: Sequence[Reading]) -> None:
+    def step(self, objective: Tensor, readings: Sequence[Reading], ramp: float = 1.0) -> None:
         """Move every multiplier by what a batch says.
 
         Args:
             objective: (N,) u₀, whose spread is remembered for `utility`.
             readings: of the same batch, from `read`.
+            ramp: share of the multipliers that the policy felt. A multiplier moves by that share of its step: one
+                that nothing follows would only wind up to its bound.
         """
         low, high = map(math.log, self.bounds)
         self._remember(0, _spread(objective))
@@ -229,7 +250,8 @@ class DualAscent:
             scale, shortfall = self._scale(i + 1), reading.shortfall
             # Without any spread only the sign is known.
             move = math.copysign(1.0, shortfall) if scale == 0 and shortfall else shortfall / (scale or 1.0)
-            self._log[i] = min(max(self._log[i] + self.step_size * min(max(move, -1.0), 1.0), low), high)
+            step = ramp * self.step_size * min(max(move, -1.0), 1.0)
+            self._log[i] = min(max(self._log[i] + step, low), high)
 
     def _remember(self, place: int, spread: float) -> None:
         total, weight = self._scales[place]

@@ -1,17 +1,21 @@
 """Warnings, with numbers, when a risk measure cannot matter as it is configured."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from rlhf.masking import has_spread
 from rlhf.measures import Mean, RiskMeasure
 from rlhf.risk import WeightedSum
 
 SAME_ORDER = 0.99
 PATIENCE = 10
-FEWEST_SAMPLES = 8.0  # what two outstanding answers of many give
+# Utilities of normal spread carry 2N/π of N answers. At half of that, about N/3, the gradient is as noisy as that of
+# half the rollout; a tenth of the answers that stand out from all others give as much. One alone gives nearly 4,
+# so that of ten answers or fewer nothing is said.
+SMALLEST_SHARE = 1 / 3
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
@@ -54,55 +58,87 @@ class RiskGuards:
         self._said: set[str] = set()
 
     def look(
-        self, measure: RiskMeasure, scope: str, utility: Tensor, means: Tensor, lowest_level: float
+        self,
+        measure: RiskMeasure | None,
+        scope: str,
+        utility: Tensor,
+        means: Tensor,
+        lowest_level: float,
+        *,
+        settled: bool = True,
+        constraints: Sequence[RiskMeasure] = (),
     ) -> tuple[dict[str, float], list[str]]:
         """Numbers for the log and the warnings that are due after one rollout of all ranks.
 
         Args:
-            measure: that of this rollout.
+            measure: that of this rollout; None where there are constraints alone.
             scope: "response" or "population".
             utility: (N,) of all answers, finite.
             means: (N,) mean ratings.
             lowest_level: of the laws as the source gives them.
+            settled: the measure is the one that the run ends on. A schedule that starts at the mean ranks as the mean
+                does, by intent, and the rollouts on the way say nothing about its end.
+            constraints: the measures that are bounded.
         """
         numbers: dict[str, float] = {}
         warnings: list[str] = []
+        if measure is not None:
+            numbers, warnings = self._look_at_utility(measure, scope, utility, means, settled)
+            if scope == "response" and smallest_alpha(measure) < lowest_level:
+                warnings += self._below_levels(measure, "readers of an answer", lowest_level)
+        for bounded in constraints:
+            if smallest_alpha(bounded) < lowest_level:
+                warnings += self._below_levels(bounded, "all ratings", lowest_level)
+        return numbers, warnings
+
+    def _look_at_utility(
+        self, measure: RiskMeasure, scope: str, utility: Tensor, means: Tensor, settled: bool
+    ) -> tuple[dict[str, float], list[str]]:
         size = effective_sample_size(utility)
-        numbers["risk/effective_samples"] = size
+        numbers, warnings = {"risk/effective_samples": size}, []
         correlation = rank_correlation(utility, means)
         if not math.isnan(correlation):
             numbers["risk/rank_correlation_with_mean"] = correlation
-        if self._lasts("same order", not isinstance(measure, Mean) and correlation > SAME_ORDER):
+        same = settled and not isinstance(measure, Mean) and correlation > SAME_ORDER
+        if self._lasts("same order", same):
             warnings.append(
                 f"in {self.patience} rollouts in a row '{measure.spec}' ({scope} scope) ranked the answers as "
-                f"their mean rating does (rank correlation {correlation:.4f}), so that --risk mean would do the same. "
-                + (
-                    "The predicted spread hardly varies between answers: try --risk_scope population."
-                    if scope == "response"
-                    else "The answers differ by their place, not by their tail: a reward model that tells spreads "
-                    "apart, more completions, or a smaller alpha may help."
-                )
+                f"their mean rating does (rank correlation {correlation:.4f}), so that --risk mean would do nearly "
+                "the same: the answers differ by their place, not by their spread. recipes/compare_risk.py says which "
+                "measure could matter for this policy and reward model; if none does, only a reward model that tells "
+                "spreads apart helps."
             )
-        if self._lasts("no difference", size == 0 and len(utility) > 1):
+        # The rule of the whitening itself: what is left of equal utilities is rounding, and has no order.
+        equal = not bool(has_spread(utility.mean(), utility.var(correction=0)))
+        if self._lasts("no difference", equal and len(utility) > 1):
             warnings.append(
                 f"in {self.patience} rollouts in a row all {len(utility)} answers had the same utility under "
                 f"'{measure.spec}' ({scope} scope): whitening leaves nothing, only the KL penalty trains the policy."
             )
-        elif self._lasts("few samples", 0 < size < min(FEWEST_SAMPLES, len(utility) / 4)):
+        if self._lasts("few samples", not equal and size < SMALLEST_SHARE * len(utility)):
+            advice = "more completions per rollout make it less noisy"
+            if not isinstance(measure, Mean):
+                advice += "; so does a wider tail" if smallest_alpha(measure) < 1 else "; so does a milder measure"
+                advice += ", or the measure in response scope" if scope == "population" else ""
             warnings.append(
-                f"in {self.patience} rollouts in a row only {size:.1f} of {len(utility)} answers carried the gradient "
-                f"of '{measure.spec}' ({scope} scope); use more completions per rollout, a larger alpha, a schedule "
-                "from the mean (--risk_schedule), or a sum with the mean."
-            )
-        narrowest = smallest_alpha(measure)
-        if scope == "response" and narrowest < lowest_level and "below levels" not in self._said:
-            self._said.add("below levels")
-            warnings.append(
-                f"'{measure.spec}' looks at the worst {narrowest:g} of the readers, but the reward model's lowest "
-                f"quantile is at {lowest_level:.3g}, and below it the law is taken as constant. Use an alpha of at "
-                f"least {lowest_level:.3g}, or a reward model with lower levels."
+                f"in {self.patience} rollouts in a row fewer than a third of the answers carried the gradient of "
+                f"'{measure.spec}' ({scope} scope), in the last {size:.1f} of {len(utility)}: {advice}."
             )
         return numbers, warnings
+
+    def _below_levels(self, measure: RiskMeasure, of_what: str, lowest_level: float) -> list[str]:
+        """The warning about a tail that the reward model does not predict, once for each measure's alpha."""
+        narrowest = smallest_alpha(measure)
+        # A schedule comes by many alphas; the word about one of them is enough.
+        name = "below levels" if of_what != "all ratings" else f"below levels {measure.spec}"
+        if name in self._said:
+            return []
+        self._said.add(name)
+        return [
+            f"'{measure.spec}' looks at the worst {narrowest:g} of {of_what}, but the reward model's lowest "
+            f"quantile is at {lowest_level:.3g}, and below it the law of an answer is taken as constant. Use an alpha "
+            f"of at least {lowest_level:.3g}, or a reward model with lower levels."
+        ]
 
     def _lasts(self, name: str, holds: bool) -> bool:
         """Whether something held `patience` times in a row, said once."""

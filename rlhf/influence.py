@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reward.distribution import RewardDistribution
-from reward.mixtures import DENSE_LEVELS, pooled_law
+from reward.mixtures import pooled_law, tail_levels
 from rlhf.distortions import CPW, Power, Spectral, Wang
 from rlhf.measures import (
     Below,
@@ -43,14 +43,14 @@ Statistics = Mapping[str, Tensor]
 QUANTILE_BAND = 0.02
 
 
-def population_law(laws: RewardDistribution, num_levels: int = DENSE_LEVELS) -> RewardDistribution:
+def population_law(laws: RewardDistribution, levels: int | Tensor | None = None) -> RewardDistribution:
     """The law of a rating of an answer drawn from the batch: the mixture with equal weights.
 
         F(z) = (1/N) Σ Fᵢ(z)
 
     Args:
         laws: batch shape (N,). Laws that are not finite are left out.
-        num_levels: of the result; see `reward.mixtures.cell_means` for what that costs.
+        levels: of the result, or the number of equally spaced ones; None: `reward.mixtures.tail_levels`.
 
     Returns:
         Batch shape ().
@@ -64,7 +64,7 @@ def population_law(laws: RewardDistribution, num_levels: int = DENSE_LEVELS) -> 
     if not bool(finite.any()):
         raise ValueError(f"none of the {len(laws)} laws is finite, so that there is no population to look at")
     laws = laws[finite]
-    return laws[0] if len(laws) == 1 else pooled_law(laws, num_levels)
+    return laws[0] if len(laws) == 1 else pooled_law(laws, tail_levels() if levels is None else levels)
 
 
 def check_population_scope(measure: RiskMeasure) -> None:
@@ -109,10 +109,8 @@ def expected_influence(measure: RiskMeasure, laws: RewardDistribution, statistic
     """What each answer is worth to the measure of the population, u(G) = ρ(F) + ∫ IF dG; (...).
 
     Exact for the quantile function of each law and the statistics given. For `wang`, `power` and `cpw` the weight
-    function is taken as straight between the levels of the population; the steeper it is near 0 or 1, the more it
-    needs. For the worst of 512 answers, 400 levels instead of 4000 change u by 0.01 % of the range of ratings under
-    `power:2`, 1.4 % under `wang:0.75`, 1.6 % under `cpw:0.71` (1.9 % under `entropic:1`, by the blur of the population
-    alone), but 20 % under `wang:2` or `cpw:0.4`.
+    function is taken as straight between the levels of the population. docs/risk.md says how far the levels of
+    `population_law` move u.
 
     Args:
         measure: any but a user-defined function.
@@ -193,17 +191,40 @@ def _distortion_statistics(measure: Wang | Power | CPW, population: RewardDistri
 
 
 def _distortion(measure: Wang | Power | CPW, laws: RewardDistribution, known: Statistics) -> Tensor:
-    """u = −∫ w′(F(z)) G(z) dz + constant: with w straight between levels tⱼ, slopes Dⱼ, a sum over shortfalls.
+    """u = ∫ IF dG with IF(z) = −∫ w′(F(s)) (1{z ≤ s} − F(s)) ds, w straight between levels tⱼ, slopes Dⱼ.
 
-    Σ (Dⱼ − Dⱼ₊₁) (tⱼ νⱼ − E (νⱼ − Z)₊) + D_last E Z
+    So IF is straight between the values νⱼ of the population, and the mean of IF over a uniform piece of the answer's
+    law is a difference of its antiderivative H, whatever the number of levels:
+
+        E IF(Z) = Σ mᵢ (H(upperᵢ) − H(lowerᵢ)) / (upperᵢ − lowerᵢ)
     """
-    levels, values = known["levels"].double(), known["values"]
-    edges = torch.cat([levels.new_zeros(1), levels, levels.new_ones(1)])
+    levels, points = known["levels"].double(), known["values"].double()
     weights = torch.cat([levels.new_zeros(1), measure.weight(levels), levels.new_ones(1)])
-    slopes = weights.diff() / edges.diff()
-    shortfall = mean_shortfall(laws, values).double()
-    worth = ((levels * values - shortfall) * -slopes.diff()).sum(dim=-1) + slopes[-1] * laws.mean()
-    return worth.to(laws.values.dtype)
+    slopes = weights.diff() / torch.cat([levels.new_zeros(1), levels, levels.new_ones(1)]).diff()
+    # IF and H at the points, from the first on; beyond the ends the slopes are the first and the last.
+    rises = points.diff()
+    heights = torch.cat([points.new_zeros(1), (slopes[1:-1] * rises).cumsum(0)])
+    # The population's own mean of IF is to be ρ, the sum of its values by the weights of its pieces.
+    edges = torch.cat([heights[:1], (heights[1:] + heights[:-1]) / 2, heights[-1:]])
+    masses = torch.cat([levels.new_zeros(1), levels, levels.new_ones(1)]).diff()
+    centres = torch.cat([points[:1], (points[1:] + points[:-1]) / 2, points[-1:]])
+    heights = heights + (weights.diff() * centres).sum() - (masses * edges).sum()
+    areas = torch.cat([points.new_zeros(1), ((heights[1:] + heights[:-1]) / 2 * rises).cumsum(0)])
+
+    def at(ratings: Tensor) -> tuple[Tensor, Tensor]:
+        passed = torch.searchsorted(points, ratings.contiguous(), right=True)
+        start = passed.sub(1).clamp_min(0)
+        beyond = ratings - points[start]
+        rise = slopes[passed] * beyond
+        return heights[start] + rise, areas[start] + (heights[start] + rise / 2) * beyond
+
+    own, lower, upper = laws.to(torch.float64).segments()
+    width = upper - lower
+    # The difference of two areas loses its digits over a narrow piece, where IF hardly bends.
+    wide = width > 1e-7 * (points[-1] - points[0]).clamp_min(torch.finfo(torch.float64).tiny)
+    (low, below), (high, above) = at(lower), at(upper)
+    means = torch.where(wide, (above - below) / torch.where(wide, width, 1.0), (low + high) / 2)
+    return (own * means).sum(dim=-1).to(laws.values.dtype)
 
 
 def _mean_statistics(measure: MeanVariance, population: RewardDistribution) -> dict[str, Tensor]:

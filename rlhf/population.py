@@ -65,6 +65,11 @@ class PopulationTracker:
             return None
         return RewardDistribution(self._levels, self._sum / self._weight)
 
+    def bring_to(self, levels: Tensor) -> None:
+        """Read the law so far at other levels, so that laws on those can follow; nothing where it has them already."""
+        if self._sum is not None and not torch.equal(levels, self._levels):
+            self._sum, self._levels = self.law.quantile(levels) * self._weight, levels
+
     def state_dict(self) -> dict[str, object]:
         """Everything that `load_state_dict` needs, as plain numbers."""
         empty = self._sum is None

@@ -20,6 +20,7 @@ from reward.sources import QUANTILE_MODELS, DistributionSource, QuantileModelSou
 from rlhf.attributes import WHOLE, build_objectives
 from rlhf.measures import RiskMeasure, RiskSpecError
 from rlhf.metrics import gather_objects
+from rlhf.objective import evaluate_together, learn_together
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class RiskReward:
 
         response scope:    u(x, y) = ρ(F_xy),   F_xy the rating law that a source predicts for prompt x, completion y
         population scope:  u(x, y) = ρ(F) + ∫ IF(z; F) dF_xy(z),   F the law of ratings over prompts, answers, readers
-        attributes:        u(x, y) = Σ_a w_a(x) u_a(x, y), each attribute with a measure of its own
+        attributes:        u(x, y) = Σ_a w_a(x) u_a(x, y), each attribute with a measure of its own; constraints are
+                           added unweighted (see `rlhf.objective.learn_together`)
 
     It has the signature of TRL's reward functions, so the same object serves `PPOTrainer`, `GRPOTrainer` and
     `RLOOTrainer`. The reward model reads text with its own tokenizer and template, whatever the policy's. Every rank
@@ -37,7 +39,8 @@ class RiskReward:
     own and leaves statistics and multipliers as they are. TRL's trainers do not say so: their evaluations count too.
 
     A dataset may say how much each attribute counts for a row: its column `attribute_weights` holds A numbers, or a
-    number by attribute name. They weigh the attributes' utilities, or, for a single measure, replace the gate.
+    number by attribute name. They weigh the attributes' measures, not their constraints, or, for a single measure,
+    replace the gate.
 
     Args:
         model: quantile reward model, or path or hub id of one: trained here, or a published QRM, ArmoRM or URM; any
@@ -190,21 +193,19 @@ class RiskReward:
         except Exception as error:
             if not is_evaluation:
                 # The other ranks are about to wait for this one's laws.
-                gather_objects((f"{type(error).__name__}: {error}", {}, []), PartialState())
+                gather_objects((f"{type(error).__name__}: {error}", {}, [], None), PartialState())
             raise
         if is_evaluation:
-            utilities = {name: self.objectives[name].evaluate(law, progress) for name, law in laws.items()}
+            utilities = evaluate_together(self.objectives, laws, progress, self._by_attribute(weights))
         else:
-            utilities = self._learn(prompts, laws, progress, log_metric)
+            utilities = self._learn(prompts, laws, weights, progress, log_metric)
+            if progress is not None:
+                for name, objective in self.objectives.items():
+                    for warning in objective.plan(state.global_step, state.max_steps):
+                        warnings.warn(warning if name == WHOLE else f"{name}: {warning}", stacklevel=2)
         if log_metric is not None:
             self._log_telemetry(laws, log_metric)
-        if WHOLE in utilities:
-            return utilities[WHOLE].tolist()
-        table = torch.stack(list(utilities.values()), dim=1)
-        if weights is not None:
-            columns_of = [self.source.attribute_names.index(name) for name in utilities]
-            table = table * weights[:, columns_of].to(table.dtype)
-        return table.sum(dim=1).tolist()
+        return torch.stack(list(utilities.values())).sum(dim=0).tolist()
 
     def _laws(self, prompts: Sequence, completions: Sequence, weights: Tensor | None) -> dict[str, RewardDistribution]:
         """The law that each objective looks at, (N,) each."""
@@ -217,32 +218,51 @@ class RiskReward:
         return {name: attributes[:, self.source.attribute_names.index(name)] for name in self.objectives}
 
     def _learn(
-        self, prompts: Sequence, laws: Mapping[str, RewardDistribution], progress: float | None, log_metric: Any
+        self,
+        prompts: Sequence,
+        laws: Mapping[str, RewardDistribution],
+        weights: Tensor | None,
+        progress: float | None,
+        log_metric: Any,
     ) -> dict[str, Tensor]:
         """Utilities of this rank's completions, with the population of all ranks."""
         process = PartialState()
-        own = (None, {name: law.values for name, law in laws.items()}, [_digest(prompt) for prompt in prompts])
+        own = (
+            None,
+            {name: law.values for name, law in laws.items()},
+            [_digest(prompt) for prompt in prompts],
+            weights,
+        )
         ranks = gather_objects(own, process)
-        for rank, (error, _, _) in enumerate(ranks):
+        for rank, (error, *_) in enumerate(ranks):
             if error is not None:
                 raise RuntimeError(f"the reward model failed on rank {rank} ({error})")
-        groups = torch.tensor([group for _, _, of_rank in ranks for group in of_rank])
-        start = sum(len(of_rank) for _, _, of_rank in ranks[: process.process_index])
-        utilities = {}
-        for name, law in laws.items():
-            everything = RewardDistribution(law.levels, torch.cat([values[name] for _, values, _ in ranks]))
-            objective = self.objectives[name]
-            learned = objective.learn(everything, groups, progress)
-            utilities[name] = learned.utility[start : start + len(prompts)]
+        groups = torch.tensor([group for _, _, of_rank, _ in ranks for group in of_rank])
+        start = sum(len(of_rank) for _, _, of_rank, _ in ranks[: process.process_index])
+        everything = {
+            name: RewardDistribution(law.levels, torch.cat([values[name] for _, values, _, _ in ranks]))
+            for name, law in laws.items()
+        }
+        if weights is not None:
+            weights = torch.cat([of_rank for _, _, _, of_rank in ranks])
+        learned = learn_together(self.objectives, everything, groups, progress, self._by_attribute(weights))
+        for name, of_attribute in learned.items():
             if process.is_main_process:
-                for line in learned.lines:
-                    logger.info("%s", line if name == WHOLE else f"{name}: {line}")
-                for warning in learned.warnings:
-                    warnings.warn(warning, stacklevel=3)
+                start_of_line = "" if name == WHOLE else f"{name}: "
+                for line in of_attribute.lines:
+                    logger.info("%s", start_of_line + line)
+                for warning in of_attribute.warnings:
+                    warnings.warn(start_of_line + warning, stacklevel=3)
             if log_metric is not None:
-                for metric, value in learned.numbers.items():
+                for metric, value in of_attribute.numbers.items():
                     log_metric(metric if name == WHOLE else f"{metric}/{name}", value)
-        return utilities
+        return {name: found.utility[start : start + len(prompts)] for name, found in learned.items()}
+
+    def _by_attribute(self, weights: Tensor | None) -> dict[str, Tensor] | None:
+        """(N,) weights of each objective from (N, A) of a dataset; None where they count alike or replace the gate."""
+        if weights is None or WHOLE in self.objectives:
+            return None
+        return {name: weights[:, self.source.attribute_names.index(name)] for name in self.objectives}
 
     def _attribute_weights(self, column: Sequence | None, count: int) -> Tensor | None:
         """(N, A) weights of a dataset column, or None."""
@@ -265,6 +285,13 @@ class RiskReward:
         weights = torch.tensor(rows, dtype=torch.float64).reshape(count, len(names))
         if not bool(weights.isfinite().all()):
             raise ValueError("attribute_weights must be finite numbers")
+        for place, name in enumerate(names):
+            measured = WHOLE in self.objectives or getattr(self.objectives.get(name), "measure", None) is not None
+            if not measured and bool((weights[:, place] != 0).any()):
+                raise ValueError(
+                    f"attribute_weights give '{name}' a weight, but the risk '{self.spec}' has no measure for it, so "
+                    f"that nothing could be weighed; write '{name}=...' in the risk, or weigh it by 0"
+                )
         return weights
 
     def _log_telemetry(self, laws: Mapping[str, RewardDistribution], log_metric: Any) -> None:

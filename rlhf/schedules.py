@@ -39,13 +39,17 @@ class RiskSchedule:
     ):
         if shape not in SHAPES:
             raise RiskSpecError(f"a risk schedule is one of {', '.join(SHAPES)}, got {shape!r}")
-        if not (math.isfinite(begin) and math.isfinite(end) and 0 <= begin < end <= 1):
-            raise RiskSpecError(f"a risk schedule needs 0 <= begin < end <= 1, got begin={begin}, end={end}")
+        check_span("a risk schedule", begin, end)
         self.first, self.last, self.shape, self.begin, self.end = first, last, shape, begin, end
 
     @property
     def spec(self) -> str:
         return f"{self.first.spec} -> {self.last.spec} ({self.shape}, {self.begin:g} to {self.end:g})"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the two measures are added on the way, in place of meeting in their numbers."""
+        return isinstance(self._between(0.5), WeightedSum)
 
     def weight(self, progress: float) -> float:
         """w at a share of training in [0, 1]: 0 is the first measure, 1 the last."""
@@ -57,8 +61,9 @@ class RiskSchedule:
         weight = self.weight(progress)
         if weight == 0:
             return self.first
-        if weight == 1:
-            return self.last
+        return self.last if weight == 1 else self._between(weight)
+
+    def _between(self, weight: float) -> RiskMeasure:
         first, last = self.first, self.last
         if isinstance(first, Mean) and isinstance(last, CVaR):
             first = CVaR(1.0)
@@ -69,6 +74,16 @@ class RiskSchedule:
             # Rounding to ten digits keeps 0.1 + 0.2 out of the metrics' names.
             return type(first)(*(round((1 - weight) * start + weight * stop, 10) for start, stop in ends))
         return WeightedSum([(1 - weight, first), (weight, last)])
+
+
+def check_span(what: str, begin: float, end: float) -> None:
+    """Refuse what is no span of training.
+
+    Raises:
+        RiskSpecError: other than 0 <= begin < end <= 1.
+    """
+    if not (math.isfinite(begin) and math.isfinite(end) and 0 <= begin < end <= 1):
+        raise RiskSpecError(f"{what} needs 0 <= begin < end <= 1, got begin={begin}, end={end}")
 
 
 def _numbers(measure: RiskMeasure) -> list[float]:

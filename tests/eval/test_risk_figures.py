@@ -1,13 +1,19 @@
 """The weights that a measure gives to ranks of readers, and the picture of them."""
 
+import importlib.util
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from eval.risk_figures import rank_weights, risk_figure, save, tenths
 from reward.distribution import RewardDistribution
 from rlhf.risk import MEASURES, parse_risk
 
+ROOT = Path(__file__).parents[2]
 SPECS = [measure.example for measure in MEASURES.values()]
 LAW = RewardDistribution([0.05, 0.3, 0.5, 0.95], torch.tensor([-3.0, -0.5, 1.0, 2.0]))
 
@@ -58,3 +64,16 @@ def test_the_picture_names_every_measure(tmp_path):
     assert "below:0" in titles[2]
     save(figure, tmp_path / "new" / "risk.png")
     assert (tmp_path / "new" / "risk.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["risk_weights", "risk_influence"])
+def test_pictures_of_the_guide_show_what_the_code_computes(name):
+    spec = importlib.util.spec_from_file_location("make_figures", ROOT / "docs" / "make_figures.py")
+    make_figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_figures)
+    curves = {"risk_weights": make_figures.weight_curves, "risk_influence": make_figures.influence_curves}[name]()
+    with Image.open(ROOT / "docs" / "images" / f"{name}.png") as picture:
+        shown = json.loads(picture.text[make_figures.CURVES])
+    assert list(shown) == list(curves) == make_figures.PANELS, "run docs/make_figures.py"
+    for measure, numbers in curves.items():
+        assert shown[measure] == pytest.approx(numbers, abs=2e-3), f"run docs/make_figures.py: {measure} is stale"

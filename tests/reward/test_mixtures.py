@@ -18,6 +18,7 @@ from reward.mixtures import (
     normal_law,
     pooled_law,
     quantile_average,
+    tail_levels,
 )
 
 ALPHAS = [0.01, 0.05, 0.1, 0.37, 0.8, 1.0]
@@ -249,6 +250,35 @@ def test_dense_levels_are_midpoints():
     assert dense_levels(4).tolist() == [0.125, 0.375, 0.625, 0.875]
     with pytest.raises(ValueError, match="num_levels must be at least 1, got 0"):
         dense_levels(0)
+
+
+def test_cell_means_of_uneven_shares_by_hand():
+    # Q: 0 to 0.5, then straight from 4 to 8. Shares of 0.25, 0.5 and 0.25.
+    edges = torch.tensor([0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
+    means = cell_means(torch.tensor([0.0, 0.5, 0.5, 1.0]), torch.tensor([0.0, 0.0, 4.0, 8.0]), edges)
+    assert means.tolist() == pytest.approx([0.0, (0 + 5) / 2, 7.0])
+
+
+def test_levels_of_the_tails_are_as_near_to_each_other_as_they_say():
+    levels = tail_levels()
+    assert levels[0].item() == pytest.approx(1e-5, rel=0.01)
+    assert levels.diff().max().item() <= 1 / 400 + 1e-12
+    below = levels[levels < 0.25]
+    assert (below[1:] / below[:-1]).tolist() == pytest.approx([1.01] * (len(below) - 1))
+    torch.testing.assert_close(levels, 1 - levels.flip(0), atol=1e-12, rtol=0)
+    assert len(levels) < 2500
+
+
+def test_pooling_keeps_the_mean_and_the_worst_of_many_on_the_levels_of_the_tails():
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(50, 5, generator=generator, dtype=torch.float64).sort(dim=-1).values
+    values[7] = torch.tensor([-90.0, -1.0, 0.0, 1.0, 2.0])
+    laws = RewardDistribution(torch.tensor([0.05, 0.2, 0.25, 0.6, 0.9]).double(), values)
+    pooled = pooled_law(laws, tail_levels())
+    assert pooled.mean().item() == pytest.approx(laws.mean().mean().item(), abs=1e-10)
+    # One in a thousand ratings is at -90: 400 equal shares mix it with others.
+    assert pooled.quantile(0.0009).item() == -90.0
+    assert pooled_law(laws).quantile(0.0009).item() > -80
 
 
 # --- Bad input ------------------------------------------------------------------------------------------------------

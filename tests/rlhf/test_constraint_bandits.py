@@ -30,6 +30,7 @@ import torch
 from bandits import Bandit, policies, sampled_population
 
 from rlhf.constraints import DualAscent, parse_constraint
+from rlhf.objective import RiskObjective
 
 BOLD, MID, SAFE = {4.0: 0.7, -3.0: 0.3}, {1.5: 0.6, -1.0: 0.4}, {0.0: 1.0}
 SEEDS = [1, 2, 3]
@@ -120,6 +121,32 @@ def test_dual_ascent_finds_the_best_mixture_and_its_multipliers(problem, seed):
     assert found[-40:].mean(dim=0).tolist() == pytest.approx(best, abs=0.03)
     expected = multipliers_by_hand(problem, best)
     assert multipliers[-40:].log().mean(dim=0).exp().tolist() == pytest.approx(expected.tolist(), rel=0.2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("problem", "settings", "steps"),
+    [("tail", {}, 200), ("share", {}, 200), ("both", {"constraint_step_size": 0.3}, 120)],
+)
+def test_the_objective_of_a_trainer_finds_them_too(problem, settings, steps, seed):
+    # As users get it: first multiplier, step size and the population over rollouts by default. Of two bounds, the
+    # multiplier of the share is still on its way after 200 rollouts at the default step: hence a larger one.
+    arms, specs, _, _, best = PROBLEMS[problem]
+    objective, multipliers = RiskObjective("mean", constraints=specs, **settings), []
+
+    def worth_of(laws, drawn):
+        objective.learn(laws[drawn])
+        multipliers.append(objective.dual.multipliers)
+        return objective.evaluate(laws)
+
+    bandit = Bandit.of([arms], [1.0])
+    found = policies(bandit, worth_of, seed, steps=steps, learning_rate=0.3, epochs=1, kl_coef=KL)
+    found = torch.stack([policy[0] for policy in found])
+    # Over sixty steps the policy is known to 0.01 or so and a multiplier to a sixth, as above.
+    assert found[-60:].mean(dim=0).tolist() == pytest.approx(best, abs=0.03)
+    expected = multipliers_by_hand(problem, best)
+    last = torch.tensor(multipliers[-60:]).log().mean(dim=0).exp()
+    assert last.tolist() == pytest.approx(expected.tolist(), rel=0.2)  # a sixth, as said above
 
 
 @pytest.mark.parametrize("seed", SEEDS)

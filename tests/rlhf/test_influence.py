@@ -13,6 +13,7 @@ from reward.distribution import RewardDistribution
 from reward.mixtures import dense_levels
 from rlhf.influence import INFLUENCES, check_population_scope, expected_influence, population_law, statistics
 from rlhf.risk import MEASURES, RiskSpecError, WeightedSum, parse_risk
+from rlhf.shortfall import mean_shortfall
 
 OUTCOMES = [-3.5, -2.25, -1.0, 0.25, 0.5, 2.0, 3.75]
 # Parameters other than the examples', and none at which a tail ends exactly between two outcomes.
@@ -114,7 +115,7 @@ def test_answers_are_worth_the_measure_of_their_population_on_average(spec):
     known = statistics(measure, population)
     worth = expected_influence(measure, laws, known)
     assert worth.shape == (40,)
-    # The population stands on 400 levels, each the mean of its cell, and the mass at a quantile is known to 1.5/400.
+    # Each value of the population is the mean of its cell, and the mass at a quantile is known to a cell or so.
     tolerance = 0.02 if "quantile" in spec else 6e-3
     assert worth.mean().item() == pytest.approx(measure(population).item(), abs=tolerance)
     if measure.monotone:
@@ -153,6 +154,45 @@ def test_the_normal_law_has_known_influence_functions():
         for a, b in zip(standard[:-1].tolist(), standard[1:].tolist(), strict=True)
     ]
     assert slope.tolist() == pytest.approx(expected, rel=1e-2)
+
+
+# Deep tails, as specs: what 400 equally spaced levels of the population are too coarse for.
+DEEP = ["cvar:0.05", "cvar:0.01", "entropic:4", "wang:2", "cpw:0.4", "power:9", "spectral:0.7@1,0.3@0.01"]
+
+
+@pytest.mark.parametrize("spec", [measure.example for measure in MEASURES.values()] + DEEP)
+def test_levels_of_the_population_hardly_move_the_worth_of_an_answer(spec):
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.arange(1, 20).double() / 20
+    place = torch.randn(24, 1, generator=generator).double()
+    width = 1 + 2 * torch.rand(24, 1, generator=generator).double()
+    laws, measure = RewardDistribution(levels, place + width * torch.special.ndtri(levels)), parse_risk(spec)
+
+    def worth(*levels):
+        return expected_influence(measure, laws, statistics(measure, population_law(laws, *levels)))
+
+    exact = worth(40_000)
+    # The mass at or below the ν of a quantile changes by an atom's when ν moves by a hair.
+    bound = 0.05 if spec.startswith("quantile") else 0.003
+    assert (worth() - exact).abs().max() < bound * exact.std(correction=0)
+    if spec in DEEP and spec != "power:9":
+        assert (worth(400) - exact).abs().max() > bound * exact.std(correction=0)
+
+
+@pytest.mark.parametrize("spec", ["wang:0.75", "power:2", "cpw:0.71"])
+def test_distortions_are_worth_the_sum_over_shortfalls(spec):
+    # The same integral by another way, Σ (Dⱼ − Dⱼ₊₁) (tⱼ νⱼ − E (νⱼ − Z)₊) + D_last E Z.
+    laws = staircase(random_probabilities(3))
+    sure = RewardDistribution([0.5], torch.tensor([[-9.0], [-1.0], [0.3], [8.0]]).double())
+    measure, population = parse_risk(spec), population_law(laws)
+    levels, values = population.levels, population.values
+    weights = torch.cat([levels.new_zeros(1), measure.weight(levels), levels.new_ones(1)])
+    slopes = weights.diff() / torch.cat([levels.new_zeros(1), levels, levels.new_ones(1)]).diff()
+    for answers in (laws, sure):
+        expected = ((levels * values - mean_shortfall(answers, values)) * -slopes.diff()).sum(-1)
+        expected += slopes[-1] * answers.mean()
+        worth = expected_influence(measure, answers, statistics(measure, population))
+        torch.testing.assert_close(worth, expected, atol=1e-8, rtol=0)
 
 
 # What population scope is for

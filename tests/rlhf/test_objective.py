@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import reference_risk
 import torch
+from bandits import staircase
 
 from reward.distribution import RewardDistribution
 from rlhf.attributes import WHOLE, build_objectives, split_attributes
@@ -12,9 +14,9 @@ from rlhf.constraints import DualAscent, parse_constraint, read_constraint
 from rlhf.guards import RiskGuards, effective_sample_size, rank_correlation
 from rlhf.influence import population_law
 from rlhf.measures import RiskSpecError
-from rlhf.objective import RiskObjective
+from rlhf.objective import RiskObjective, evaluate_together, learn_together
 from rlhf.population import PopulationTracker
-from rlhf.risk import parse_risk
+from rlhf.risk import MEASURES, parse_risk
 from rlhf.schedules import RiskSchedule
 
 LEVELS = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -287,7 +289,8 @@ def test_constant_utilities_and_lone_samples_are_told():
     lone = torch.zeros(40)
     lone[7] = -1.0
     numbers, (line,) = look(RiskGuards(patience=1), utility=lone)
-    assert "only 3.9 of 40 answers" in line
+    assert "fewer than a third of the answers carried the gradient of 'cvar:0.1'" in line
+    assert "in the last 3.9 of 40" in line
     assert numbers["risk/effective_samples"] == pytest.approx(4 * 39 / 40, abs=1e-4)
 
 
@@ -308,6 +311,35 @@ def test_response_scope_is_the_measure_of_each_law():
     utility, numbers, _, _ = RiskObjective("cvar:0.3").learn(laws)
     torch.testing.assert_close(utility, parse_risk("cvar:0.3")(laws), atol=0, rtol=0)
     assert numbers["population/rating_mean"] == pytest.approx(laws.mean().mean().item(), abs=1e-9)
+
+
+# A parameter off the examples for every measure.
+DISCRETE = {"mean": [], "quantile": [0.13], "cvar": [0.13], "mean_variance": [0.4], "mean_std": [0.7]}
+DISCRETE |= {"semideviation": [0.8], "entropic": [0.6], "expectile": [0.15], "below": [-1.0], "wang": [0.6]}
+DISCRETE |= {"power": [1.7], "cpw": [0.65], "spectral": [(0.6, 1.0), (0.3, 0.31), (0.1, 0.07)]}
+
+
+assert set(DISCRETE) == set(MEASURES)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_response_scope_of_random_discrete_laws_equals_the_definition(name):
+    generator = torch.Generator().manual_seed(11)
+    outcomes = torch.tensor([-3.5, -2.25, -1.0, 0.25, 0.5, 2.0, 3.75], dtype=torch.float64)
+    # Some outcomes of some laws have no mass at all, but for the best one.
+    weights = torch.rand(30, 7, generator=generator).double() ** 3 * (torch.rand(30, 7, generator=generator) > 0.3)
+    weights[:, -1] += 0.01
+    probabilities = weights / weights.sum(-1, keepdim=True)
+    numbers = DISCRETE[name]
+    text = ",".join("@".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in numbers)
+    utility = RiskObjective(f"{name}:{text}" if text else name).learn(staircase(outcomes, probabilities)).utility
+    for row, found in zip(probabilities.numpy(), utility.tolist(), strict=True):
+        if name == "quantile":
+            expected = outcomes[int((row.cumsum() < numbers[0]).sum())].item()
+        else:
+            expected = reference_risk.discrete_utility(name, numbers, outcomes.numpy(), row)
+        # Each jump is bridged over a mass of 2e-7.
+        assert found == pytest.approx(expected, abs=2e-5)
 
 
 def test_population_scope_looks_at_the_population_of_all_steps():
@@ -382,11 +414,169 @@ def test_state_continues_bit_by_bit():
         RiskObjective("cvar:0.2").load_state_dict(first.state_dict())
 
 
+def test_a_checkpoint_with_the_old_levels_of_the_population_is_brought_to_the_new_ones():
+    old = RiskObjective("cvar:0.2", "population")
+    old.tracker.update(population_law(spread_laws(), 400))
+    new = RiskObjective("cvar:0.2", "population")
+    new.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    assert new.tracker.law.quantile(0.2).item() == pytest.approx(old.tracker.law.quantile(0.2).item(), abs=1e-3)
+    assert new.tracker.law.mean().item() == pytest.approx(old.tracker.law.mean().item(), abs=1e-3)
+    assert new.learn(spread_laws(seed=1)).utility.isfinite().all()
+
+
 def test_user_functions_have_no_population():
     with pytest.raises(RiskSpecError, match="response scope only"):
         RiskObjective("python:math:floor", "population")
     with pytest.raises(RiskSpecError, match="'response' or 'population'"):
         RiskObjective("mean", "everything")
+
+
+# ---- Warm-up of constraints -----------------------------------------------------------------------------------
+
+
+def test_multipliers_do_not_wind_up_while_nothing_follows_them():
+    objective = RiskObjective("mean", constraints=["cvar:0.3 >= 50"], constraint_warmup=(0.5, 1.0))
+    laws = spread_laws()
+    for step in range(50):
+        learned = objective.learn(laws, progress=step / 100)
+        torch.testing.assert_close(learned.utility, laws.mean(), atol=0, rtol=0)
+    assert objective.dual.multipliers == [1.0]
+    assert learned.numbers["constraint/cvar:0.3/effective_multiplier"] == 0.0
+    assert "multiplier 1, of which 0 counts so far" in learned.lines[0]
+    # Half-way through the warm-up half of the multiplier counts, and half of a step is taken.
+    learned = objective.learn(laws, progress=0.75)
+    assert learned.numbers["constraint/cvar:0.3/effective_multiplier"] == pytest.approx(0.5)
+    assert objective.dual.multipliers == pytest.approx([math.exp(0.05)])
+    tail = learned.utility - laws.mean()
+    assert tail.abs().max() > 0.1
+    learned = objective.learn(laws, progress=1.0)
+    assert learned.numbers["constraint/cvar:0.3/effective_multiplier"] == pytest.approx(math.exp(0.05))
+    assert "so far" not in learned.lines[0]
+
+
+def test_the_warm_up_is_that_of_the_constraints_alone():
+    def utility(progress, **settings):
+        objective = RiskObjective("cvar:0.2", constraints=["mean >= 3"], **settings)
+        return objective.learn(spread_laws(), progress=progress).utility
+
+    # A schedule of the measure leaves the constraint in full; at its end nothing of it is left.
+    there = utility(1.0, schedule=schedule("mean", "cvar:0.2", begin=0.5))
+    torch.testing.assert_close(there, utility(None), atol=0, rtol=0)
+    at_the_start = utility(0.0, schedule=schedule("mean", "cvar:0.2", begin=0.5))
+    laws = spread_laws()
+    torch.testing.assert_close(at_the_start, laws.mean(), atol=1e-9, rtol=0)  # (mean + mean) / (1 + 1)
+    # A warm-up leaves the measure in full.
+    torch.testing.assert_close(utility(0.1, constraint_warmup=(0.2, 0.4)), parse_risk("cvar:0.2")(laws))
+    assert not torch.allclose(utility(0.3, constraint_warmup=(0.2, 0.4)), parse_risk("cvar:0.2")(laws), atol=1e-3)
+
+
+def test_a_warm_up_is_part_of_the_objective_and_needs_a_span():
+    objective = RiskObjective("mean", constraints=["mean >= 3"], constraint_warmup=(0.2, 0.4))
+    assert objective.spec == "mean; mean >= 3 (warm-up 0.2 to 0.4)"
+    with pytest.raises(ValueError, match="warm-up of constraints needs to know how far"):
+        objective.learn(spread_laws())
+    with pytest.raises(ValueError, match="was trained on"):
+        RiskObjective("mean", constraints=["mean >= 3"]).load_state_dict(objective.state_dict())
+    with pytest.raises(RiskSpecError, match="a warm-up of constraints needs 0 <= begin < end <= 1"):
+        RiskObjective("mean", constraints=["mean >= 3"], constraint_warmup=(0.4, 0.4))
+
+
+# ---- Guards in training ----------------------------------------------------------------------------------------
+
+
+def alike(count=24):
+    """Laws of one shape, merely shifted: every measure that moves with a constant ranks them as the mean does."""
+    place = torch.randn(count, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return RewardDistribution(LEVELS.double(), place + torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0]).double())
+
+
+def warnings_of(objective, laws, rollouts=12, **settings):
+    return [line for _ in range(rollouts) for line in objective.learn(laws, **settings).warnings]
+
+
+def test_a_schedule_is_judged_at_its_end():
+    objective = RiskObjective("cvar:0.3", schedule=schedule("mean", "cvar:0.3", end=0.5))
+    for progress in (0.0, 0.1, 0.4):
+        assert not warnings_of(objective, alike(), progress=progress)
+    # Rollouts on the way do not count towards the ten at the end.
+    assert not warnings_of(objective, alike(), rollouts=9, progress=0.5)
+    (line,) = warnings_of(objective, alike(), rollouts=1, progress=0.6)
+    assert "'cvar:0.3' (response scope) ranked the answers as their mean rating does" in line
+    assert "compare_risk.py" in line
+
+
+def test_utilities_that_differ_by_rounding_alone_are_equal_to_the_guard_as_to_the_whitening():
+    # Around 1000 the numbers of float32 are 0.00006 apart.
+    place = 1000.0 + 6.2e-5 * torch.arange(24, dtype=torch.float32).remainder(3).unsqueeze(-1)
+    laws = RewardDistribution(LEVELS, place.expand(-1, 5).clone())
+    objective = RiskObjective("mean")
+    assert len(objective.learn(laws).utility.unique()) > 1
+    (line,) = warnings_of(objective, laws)
+    assert "had the same utility" in line
+
+
+def test_a_narrow_tail_of_a_small_rollout_is_told():
+    # Two of 24 answers lie in the tail.
+    laws = point(-9.0, -8.0, *torch.linspace(0, 3, 22).tolist())
+    objective = RiskObjective("cvar:0.1", "population")
+    numbers = objective.learn(laws).numbers
+    assert 5 < numbers["risk/effective_samples"] < 8
+    (line,) = warnings_of(objective, laws)
+    assert "fewer than a third of the answers" in line
+    assert "of 24" in line
+    assert not warnings_of(RiskObjective("mean"), spread_laws(24))
+    assert not warnings_of(RiskObjective("cvar:0.5", "population"), spread_laws(24))
+
+
+def test_the_tail_of_a_constraint_below_the_lowest_level_is_told():
+    objective = RiskObjective(
+        "mean", constraints=["cvar:0.05 >= -9", "cvar:0.2 >= -9", "spectral:0.5@1,0.5@0.01 >= -9"]
+    )
+    lines = warnings_of(objective, spread_laws())
+    assert ["worst 0.05" in lines[0], "worst 0.01" in lines[1], len(lines)] == [True, True, 2]
+    assert "of all ratings" in lines[0]
+    assert not warnings_of(objective, spread_laws())
+
+
+# ---- What reaches the log ----------------------------------------------------------------------------------------
+
+
+def test_the_log_of_a_constraint_has_the_interval_over_prompts():
+    laws, groups = point(*([-3.0] * 2 + [1.0] * 2 + [5.0] * 2)), torch.tensor([7, 7, 3, 3, 9, 9])
+    numbers = RiskObjective("mean", constraints=["mean >= 0", "below:-8 <= 0.5"]).learn(laws, groups).numbers
+    # Three prompts at -3, 1 and 5: mean 1, standard deviation 4.
+    error = 1.959964 * 4 / math.sqrt(3)
+    assert numbers["constraint/mean/low"] == pytest.approx(1 - error, abs=1e-5)
+    assert numbers["constraint/mean/high"] == pytest.approx(1 + error, abs=1e-5)
+    assert numbers["constraint/mean/value"] == pytest.approx(1.0)
+    assert (numbers["constraint/mean/holds"], numbers["constraint/below:-8/holds"]) == (0.5, 1.0)
+    broken = RiskObjective("mean", constraints=["mean >= 90"]).learn(laws, groups).numbers
+    assert broken["constraint/mean/holds"] == 0.0
+
+
+def test_every_tail_and_every_term_has_a_name_of_its_own_in_the_log():
+    def names(risk, progress=None, **settings):
+        objective = RiskObjective(risk, "population", **settings)
+        numbers = objective.learn(spread_laws(), progress=progress).numbers
+        return {name: value for name, value in numbers.items() if name.endswith(("/nu", "/nu_1", "/nu_2", "/mu"))}
+
+    tails = names("spectral:0.6@0.5,0.4@0.2")
+    law = population_law(spread_laws())
+    expected = {f"risk/spectral:0.6@0.5,0.4@0.2/nu_{i}": law.quantile(a).item() for i, a in ((1, 0.5), (2, 0.2))}
+    assert tails == pytest.approx(expected)
+    # Two tails of a sum that is mixed in keep their specs; the numbers of one moving measure have one name.
+    mixed = names("0.5*cvar:0.2+0.5*cvar:0.5", 0.5, schedule=schedule("mean", "0.5*cvar:0.2+0.5*cvar:0.5"))
+    assert list(mixed) == ["risk/cvar:0.2/nu", "risk/cvar:0.5/nu"]
+    for progress in (0.3, 0.5, 1.0):
+        assert list(names("cvar:0.2", progress, schedule=schedule("cvar:0.9", "cvar:0.2"))) == ["risk/nu"]
+
+
+def test_start_and_bounds_of_multipliers_are_those_that_were_asked_for():
+    settings = {"constraint_start": 10.0, "constraint_bounds": (5.0, 10.5)}
+    objective = build_objectives("mean", constraints=["mean >= 90"], **settings)[WHOLE]
+    assert objective.dual.multipliers == pytest.approx([10.0])
+    objective.learn(spread_laws())
+    assert objective.dual.multipliers == pytest.approx([10.5])
 
 
 # ---- Attributes --------------------------------------------------------------------------------------------------
@@ -410,7 +600,58 @@ def test_constraints_find_their_attribute():
         "a": ["below:-2 <= 0.1"],
         "b": ["cvar:0.05 >= -1"],
     }
+    warming = build_objectives("a=mean", constraints=["b=cvar:0.05 >= -1"], constraint_warmup=(0.1, 0.5))
+    assert [objective.warmup for objective in warming.values()] == [(0.1, 0.5)] * 2
     with pytest.raises(RiskSpecError, match=r"does not fit the risk, which speaks of 'a=\.\.\.'"):
         build_objectives("a=mean", constraints=["cvar:0.05 >= -1"])
+    with pytest.raises(RiskSpecError, match="speaks of no attribute"):
+        build_objectives("mean", constraints=["a=cvar:0.05 >= -1"])
     with pytest.raises(RiskSpecError, match="needs a schedule"):
         build_objectives("cvar:0.1", schedule_from="cvar:1")
+
+
+def test_an_attribute_may_have_a_constraint_and_no_measure():
+    objectives = build_objectives("a=mean", "population", constraints=["b=mean >= 5"], schedule="linear")
+    assert {name: objective.spec for name, objective in objectives.items()} == {
+        "a": "population mean -> mean (linear, 0 to 1)",
+        "b": "no measure; mean >= 5",
+    }
+    laws = {"a": spread_laws(), "b": spread_laws(seed=1)}
+    learned = learn_together(objectives, laws, progress=0.5)
+    total = sum(found.utility for found in learned.values())
+    own, bounded = laws["a"].mean(), laws["b"].mean()
+    expected = (own + bounded) / (1 + bounded.std(correction=0) / own.std(correction=0))
+    torch.testing.assert_close(total, expected, atol=1e-9, rtol=0)
+    assert objectives["b"].dual.multipliers == pytest.approx([math.exp(0.1)])
+    again = build_objectives("a=mean", "population", constraints=["b=mean >= 5"], schedule="linear")
+    for name, objective in again.items():
+        objective.load_state_dict(json.loads(json.dumps(objectives[name].state_dict())))
+    same = evaluate_together(again, laws, 0.5)
+    torch.testing.assert_close(same["b"], evaluate_together(objectives, laws, 0.5)["b"], atol=0, rtol=0)
+
+
+def test_weights_of_an_answer_do_not_touch_the_constraints():
+    laws = {"a": spread_laws(), "b": spread_laws(seed=1)}
+    weights = {"a": torch.linspace(0, 2, 40), "b": torch.zeros(40)}
+
+    def learned(constraints):
+        objectives = build_objectives("a=mean; b=cvar:0.2", constraints=constraints)
+        return sum(found.utility for found in learn_together(objectives, laws, weights=weights).values())
+
+    own = weights["a"] * laws["a"].mean()
+    torch.testing.assert_close(learned([]), own.double(), atol=1e-9, rtol=0)
+    bounded = laws["b"].mean()
+    expected = (own + bounded) / (1 + bounded.std(correction=0) / own.std(correction=0))
+    torch.testing.assert_close(learned(["b=mean >= 5"]), expected.double(), atol=1e-9, rtol=0)
+
+
+def test_a_law_without_numbers_in_one_attribute_has_no_say_in_it():
+    laws = {"a": spread_laws(), "b": spread_laws(seed=1)}
+    laws["b"].values[3] = math.nan
+    objectives = build_objectives("a=mean; b=cvar:0.2", "population", constraints=["b=mean >= 5"])
+    total = sum(found.utility for found in learn_together(objectives, laws).values())
+    assert total.isnan().nonzero().tolist() == [[3]]
+    laws["b"].values[:] = math.nan
+    learned = learn_together(objectives, laws)
+    assert learned["b"].numbers == {}
+    assert learned["b"].utility.isnan().all()

@@ -229,6 +229,76 @@ def test_rows_weigh_attributes():
     assert got == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_row_weights_leave_constraints_in_force():
+    weights = [[1.0, 0.0]] * 4
+    free = two_attributes("help=mean; harm=mean")(PROMPTS, COMPLETIONS, attribute_weights=weights)
+    reward = two_attributes("help=mean; harm=mean", constraints=["harm=mean >= 5"])
+    laws = reward.source.attribute_distributions(PROMPTS, COMPLETIONS)
+    bound = reward(PROMPTS, COMPLETIONS, attribute_weights=weights)
+    own, pull = laws[:, 0].mean(), laws[:, 1].mean()
+    assert free == pytest.approx(own.tolist(), abs=1e-5)
+    expected = (own + pull) / (1 + pull.std(correction=0) / own.std(correction=0))
+    assert bound == pytest.approx(expected.tolist(), abs=1e-4)
+    # Evaluation weighs alike: two multipliers later the constraint counts more.
+    later = reward(PROMPTS[:2], COMPLETIONS[:2], attribute_weights=weights[:2], is_evaluation=True)
+    pressed = math.exp(0.1)
+    expected = (own + pressed * pull) / (1 + pressed * pull.std(correction=0) / own.std(correction=0))
+    assert later == pytest.approx(expected.tolist()[:2], abs=1e-4)
+
+
+def test_weights_without_a_measure_are_refused_and_constraints_need_none():
+    reward = two_attributes("help=mean", constraints=["harm=mean >= 5"])
+    bound = reward(PROMPTS, COMPLETIONS, attribute_weights=[{"help": 1.0}] * 4)
+    assert bound != pytest.approx(two_attributes("help=mean")(PROMPTS, COMPLETIONS), abs=1e-3)
+    for risk, constraints in (("help=mean", []), ("help=mean", ["harm=mean >= 5"])):
+        with pytest.raises(ValueError, match=r"give 'harm' a weight, but the risk .* has no measure for it"):
+            two_attributes(risk, constraints=constraints)(PROMPTS, COMPLETIONS, attribute_weights=[[1.0, 0.5]] * 4)
+    with pytest.raises(ValueError, match="has the attributes help, harm"):
+        two_attributes("help=mean", constraints=["humour=mean >= 5"])
+
+
+def test_attributes_in_population_scope_are_worth_their_own_influence():
+    spec = {"help": "cvar:0.3", "harm": "mean_variance:0.5"}
+    reward = two_attributes(
+        "help=cvar:0.3; harm=mean_variance:0.5", scope="population", constraints=["help=mean >= 9"]
+    )
+    laws = reward.source.attribute_distributions(PROMPTS, COMPLETIONS)
+    weights = torch.tensor([[1.0, 2.0], [0.5, 0.0], [0.0, 1.0], [2.0, 1.0]])
+    worth = []
+    for place, name in enumerate(spec):
+        measure, own = parse_risk(spec[name]), laws[:, place]
+        worth.append(expected_influence(measure, own, statistics(measure, population_law(own))))
+    own = (torch.stack(worth, dim=1) * weights).sum(1)
+    pull = laws[:, 0].mean()
+    expected = (own + pull) / (1 + pull.std(correction=0) / own.std(correction=0))
+    got = reward(PROMPTS, COMPLETIONS, attribute_weights=weights.tolist())
+    assert got == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_ppo_with_weights_of_attributes_from_the_dataset(tmp_path):
+    prompts = tiny_prompts()
+    rows = [[1.0, 0.0] if place % 2 else [0.25, 0.75] for place in range(len(prompts))]
+    reward = two_attributes("help=cvar:0.3; harm=mean", scope="population", constraints=["harm=mean >= 90"])
+    seen = []
+
+    def spy(*args, **columns):
+        seen.extend(columns["attribute_weights"])
+        return type(reward).__call__(reward, *args, **columns)
+
+    trainer = tiny_trainer(
+        tmp_path, reward=spy, train_dataset=prompts.add_column("attribute_weights", rows), max_steps=3
+    )
+    trainer.train()
+    assert {tuple(row) for row in seen} == {(1.0, 0.0), (0.25, 0.75)}
+    assert reward.objectives["harm"].dual.multipliers == pytest.approx([math.exp(0.2)])  # two rollouts
+    assert "constraint/mean/multiplier/harm" in {name for row in trainer.state.log_history for name in row}
+
+
+def test_warnings_name_their_attribute():
+    with pytest.warns(UserWarning, match=r"^harm: 'cvar:0.05' looks at the worst 0.05 of readers of an answer"):
+        two_attributes("help=mean; harm=cvar:0.05")(PROMPTS, COMPLETIONS)
+
+
 def test_row_weights_replace_the_gate_of_a_single_measure():
     reward = two_attributes("cvar:0.2")
     laws = reward.source.attribute_distributions(PROMPTS, COMPLETIONS)
@@ -277,6 +347,18 @@ def test_constraint_is_told_in_words(caplog):
     assert "constraint mean >= 100: violated" in caplog.text
 
 
+def test_answers_to_one_prompt_widen_the_logged_interval():
+    seen, alone = {}, {}
+    reward = risk_reward("mean", constraints=["mean >= 0"])
+    reward([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], COMPLETIONS, log_metric=seen.__setitem__)
+    law = reward.distribution([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], COMPLETIONS)
+    by_prompt = law.mean().reshape(2, 2).mean(1)
+    error = 1.959964 * by_prompt.std().item() / math.sqrt(2)
+    assert seen["constraint/mean/low"] == pytest.approx(by_prompt.mean().item() - error, abs=1e-4)
+    risk_reward("mean", constraints=["mean >= 0"])(PROMPTS, COMPLETIONS, log_metric=alone.__setitem__)
+    assert alone["constraint/mean/high"] != pytest.approx(seen["constraint/mean/high"], abs=1e-2)
+
+
 @pytest.mark.parametrize("scope", ["response", "population"])
 def test_two_ranks_have_one_population(scope, monkeypatch):
     alone = risk_reward("cvar:0.2", scope=scope, constraints=["below:-1 <= 0.1"])
@@ -304,7 +386,7 @@ def test_two_ranks_have_one_population(scope, monkeypatch):
 
 def test_failure_of_another_rank_is_told(monkeypatch):
     reward = risk_reward("mean")
-    broken = ("OSError: disk", {}, [1])
+    broken = ("OSError: disk", {}, [1], None)
     monkeypatch.setattr("rlhf.reward_function.gather_objects", lambda own, _: [own, broken])
     with pytest.raises(RuntimeError, match=r"failed on rank 1 \(OSError: disk\)"):
         reward(PROMPTS, COMPLETIONS)
@@ -332,3 +414,25 @@ def test_resumed_run_keeps_population_multipliers_and_schedule(tmp_path):
     )
     with pytest.raises(ValueError, match="this run on"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_scheduled_run_of_another_length_says_that_it_jumps():
+    def at(reward, step, max_steps):
+        state = SimpleNamespace(global_step=step, max_steps=max_steps)
+        reward(PROMPTS, COMPLETIONS, trainer_state=state)
+
+    first, plain = risk_reward("cvar:0.2", schedule="linear"), risk_reward("cvar:0.2")
+    for reward in (first, plain):
+        at(reward, 0, 8)
+        at(reward, 4, 8)
+    second = risk_reward("cvar:0.2", schedule="linear")
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    with pytest.warns(UserWarning, match=r"end after 8 steps and now ends after 16: .* jumps from 0\.5 to 0\.25"):
+        at(second, 4, 16)
+    # Once, and not where nothing depends on the length.
+    at(second, 6, 16)
+    at(plain, 4, 16)
+    warming = risk_reward("mean", constraints=["mean >= 0"], constraint_warmup=(0.0, 0.5))
+    at(warming, 0, 8)
+    with pytest.warns(UserWarning, match="jumps from"):
+        at(warming, 4, 6)
