@@ -25,10 +25,11 @@ from reward.data import RatingCollator, tokenize_texts
 from reward.features import map_texts
 from reward.modeling import QRMForSequenceClassification
 from reward.objectives import bradley_terry_loss, pinball_loss, quantile_huber_loss, spread_loss
+from reward.secrets import WithoutSecrets
 
 
-@dataclass
-class QRMTrainingArguments(TrainingArguments):
+@dataclass(repr=False)
+class QRMTrainingArguments(WithoutSecrets, TrainingArguments):
     """Settings of the optimisation, on top of those of `transformers.TrainingArguments`.
 
     Raises:
