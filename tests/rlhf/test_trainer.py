@@ -402,6 +402,18 @@ def test_evaluation_reports_held_out_scores(tmp_path):
     assert not any(name.startswith("policy/") for name in entries[0])
 
 
+def test_one_held_out_prompt_has_a_score_and_no_tail(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_prompts(1).select(range(1)), per_device_eval_batch_size=4)
+    found = trainer.evaluate()
+    assert found["eval_num_completions"] == 1
+    assert found["eval_reward/score_mean"] == found["eval_reward/score_min"]
+    assert not {"eval_reward/score_std", "eval_reward/score_q05", "eval_reward/score_cvar_0.1"} & set(found)
+    # A rollout of eight, as small as they come, has its worst tenth.
+    trainer.train()
+    assert len(logged(trainer, "reward/score_cvar_0.1")) == 2
+    assert logged(trainer, "reward/score_q05") == []
+
+
 def test_several_generations_of_one_prompt(tmp_path):
     seen = []
 
