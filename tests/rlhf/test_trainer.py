@@ -210,11 +210,19 @@ def test_a_completion_does_not_depend_on_its_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stop", "lora"), [(3, False), (4, False), (3, True)], ids=["inside a rollout", "between rollouts", "adapter"]
+    ("stop", "changes"),
+    [
+        (3, {}),
+        (4, {}),
+        (3, {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2)}),
+        (3, {"critic": "separate", "critic_learning_rate": 1e-3}),
+        (4, {"normalize_scores": True}),
+    ],
+    ids=["inside a rollout", "between rollouts", "adapter", "separate critic", "normalized scores"],
 )
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, lora):
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, changes):
     settings = {"num_ppo_epochs": 2, "max_steps": 9, "kl_target": 0.5, "num_mini_batches": 1, "max_grad_norm": 0.5}
-    settings |= {"kl_gain": 1.0, "peft_config": LoraConfig(task_type="CAUSAL_LM", r=2) if lora else None}
+    settings |= {"kl_gain": 1.0, **changes}
     through = tiny_trainer(tmp_path / "a", **settings)
     through.train()
 
