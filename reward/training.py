@@ -8,7 +8,10 @@ trained on them alone, a model shifts its quantiles together.
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,11 @@ from reward.data import RatingCollator, tokenize_texts
 from reward.features import map_texts
 from reward.modeling import QRMForSequenceClassification
 from reward.objectives import bradley_terry_loss, pinball_loss, quantile_huber_loss, spread_loss
+from reward.secrets import WithoutSecrets
 
 
-@dataclass
-class QRMTrainingArguments(TrainingArguments):
+@dataclass(repr=False)
+class QRMTrainingArguments(WithoutSecrets, TrainingArguments):
     """Settings of the optimisation, on top of those of `transformers.TrainingArguments`.
 
     Raises:
@@ -288,10 +292,37 @@ class QRMTrainer(Trainer):
             )
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in transformers, but without its pickled copy of the settings; `calibration.json` names what matters."""
         super()._save(output_dir, state_dict)
         Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """transformers reads optimiser, scheduler and random states as pickles of tensors and plain values only.
+
+    Raises:
+        ValueError: a pickle names something else. PyTorch's own message advises to run it.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named.group(1)})" if named else ""
+        raise ValueError(
+            f"The checkpoint {checkpoint} cannot be resumed from: a file of its optimiser, scheduler or random states "
+            f"is damaged, or holds more than tensors and plain values{what}, which could run code when it is read. "
+            "Resume from another checkpoint, or start anew."
+        ) from None
 
 
 def _with_spread(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from reward.secrets import WithoutSecrets
 from rlhf.operator_builds import check_builds
 
 
@@ -14,8 +15,8 @@ def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text.replace("%", "%%")})
 
 
-@dataclass
-class PPOConfig(_BaseConfig):
+@dataclass(repr=False)
+class PPOConfig(WithoutSecrets, _BaseConfig):
     """Settings of `PPOTrainer`, on top of those of `transformers.TrainingArguments`.
 
     The arithmetic of a rollout, which the constructor of the trainer checks:

@@ -72,22 +72,23 @@ def score_summary(scores: Tensor, threshold: float | None, prefix: str = "reward
         prefix: of the metric names.
 
     Returns:
-        Mean, standard deviation, minimum, 5 % quantile, mean of the worst tenth, and the rate at or below the
-        threshold; empty if no score is finite.
+        Mean, standard deviation (of two scores or more), minimum, 5 % quantile (eleven), mean of the worst tenth
+        (six), and the rate at or below the threshold; empty if no score is finite.
     """
     finite = scores[scores.isfinite()].float().cpu()
-    if finite.numel() == 0:
+    count = finite.numel()
+    if count == 0:
         return {}
     ordered = finite.sort().values
-    levels = (torch.arange(ordered.numel()) + 0.5) / ordered.numel()
-    law = RewardDistribution(levels=levels, values=ordered)
-    summary = {
-        "score_mean": finite.mean().item(),
-        "score_std": finite.std(correction=0).item(),
-        "score_min": ordered[0].item(),
-        "score_q05": law.quantile(0.05).item(),
-        "score_cvar_0.1": law.lower_tail_mean(0.1).item(),
-    }
+    law = RewardDistribution(levels=(torch.arange(count) + 0.5) / count, values=ordered)
+    summary = {"score_mean": finite.mean().item(), "score_min": ordered[0].item()}
+    if count > 1:
+        summary["score_std"] = finite.std(correction=0).item()
+    # The lowest score stands at the level 1/(2n). A tail that ends there or below is that score under another name.
+    if 0.05 * count > 0.5:
+        summary["score_q05"] = law.quantile(0.05).item()
+    if 0.1 * count > 0.5:
+        summary["score_cvar_0.1"] = law.lower_tail_mean(0.1).item()
     if threshold is not None:
         summary["below_threshold_rate"] = (finite <= threshold).float().mean().item()
     return {f"{prefix}/{name}": value for name, value in summary.items() if math.isfinite(value)}

@@ -218,7 +218,7 @@ class DurableCheckpoints:
             folder.mkdir(parents=True, exist_ok=True)
             save_weights(self.accelerator.unwrap_model(self.model), folder, state_dict)
             self.processing_class.save_pretrained(folder)
-            # JSON instead of transformers' pickled training_args.bin; to_dict masks tokens.
+            # JSON instead of transformers' pickled training_args.bin; to_dict masks secrets.
             (folder / "ppo_config.json").write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n")
         if self._disk_errors and self._aside is None:
             raise OSError(

@@ -1,6 +1,8 @@
 """From dataset rows to completions and what policy, reference and critic said about their tokens."""
 
+import contextlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -165,9 +167,35 @@ def completions_of(
     return texts, ids
 
 
-def write_completions(file: Path, prompts: list, completions: list, scores: Tensor) -> None:
-    """One JSON line per completion, for people to read; a later evaluation of the same step replaces the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = zip(prompts, completions, scores.tolist(), strict=True)
-    lines = [json.dumps({"prompt": p, "completion": c, "score": s}, ensure_ascii=False) for p, c, s in rows]
-    file.write_text("\n".join(lines) + "\n")
+class CompletionFiles:
+    """One JSON line per completion, for people to read; a later evaluation of the same step replaces the file.
+
+    Training does not need them: a disk that is full costs the files, with one warning, and not the run.
+
+    Args:
+        folder: of the files.
+        rank: which writes them.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank, self._warned = folder, rank, False
+
+    def write(self, step: int, prompts: list, completions: list, scores: Tensor) -> None:
+        """The completions after so many steps of this rank."""
+        file = self.folder / f"step_{step:06d}_rank_{self.rank}.jsonl"
+        rows = zip(prompts, completions, scores.tolist(), strict=True)
+        lines = [json.dumps({"prompt": p, "completion": c, "score": s}, ensure_ascii=False) for p, c, s in rows]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                # What there is of it would end in half a line.
+                file.unlink(missing_ok=True)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the completions of step {step} could not be written ({error}). Training goes on without them "
+                    "and says no more about it.",
+                    stacklevel=2,
+                )

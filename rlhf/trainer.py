@@ -39,12 +39,12 @@ from rlhf.preflight import (
 from rlhf.rescue import state_rescued
 from rlhf.resuming import DurableCheckpoints
 from rlhf.rollout import (
+    CompletionFiles,
     Rollout,
     RolloutSampler,
     completions_of,
     left_pad,
     tokenize_prompts,
-    write_completions,
 )
 from rlhf.scoring import RewardFunctions, normalized_scores, shape_scores
 from rlhf.trackers import guard_trackers
@@ -138,6 +138,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         check_mode(args, self.accelerator)
         guard_trackers(self.callback_handler.callbacks)
         self.update_guard = UpdateGuard(args, self.accelerator, tokenizer)
+        self.completion_files = CompletionFiles(Path(args.output_dir, "completions"), self.accelerator.process_index)
         if not (models.is_zero3(args) or self.is_fsdp_enabled):
             fuse_adapters(self.model)
         if self.accelerator.device.type == "cpu":
@@ -243,8 +244,7 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
                 metrics.add(f"reward/{name}_mean", applies.sum() / max(len(applies), 1), len(applies))
         scores = shape_scores(scores.to(mask.device), finished, prompts, self.args, metrics)
         if self.args.log_completions:
-            name = f"step_{self.state.global_step:06d}_rank_{self.accelerator.process_index}.jsonl"
-            write_completions(Path(self.args.output_dir, "completions", name), prompts, completions, scores)
+            self.completion_files.write(self.state.global_step, prompts, completions, scores)
         return scores
 
     # ---- One micro-batch --------------------------------------------------------------------------------------

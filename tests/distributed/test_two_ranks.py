@@ -76,7 +76,7 @@ def check_equal(output: Path, alone: Path, name: str) -> None:
     for key in ["loss", "grad_norm", *compared]:
         assert len(record[key]) == 3, key
         assert record[key] == pytest.approx(reference[key], rel=1e-4, abs=1e-5), key
-    assert {"reward/score_q05", "reward/score_cvar_0.1", "kl/reference", "completion/length_mean"} <= set(compared)
+    assert {"reward/score_min", "reward/score_cvar_0.1", "kl/reference", "completion/length_mean"} <= set(compared)
     assert weights.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(weights[key], tensor, atol=2e-4, rtol=0, msg=lambda m, n=key: f"{n}: {m}")

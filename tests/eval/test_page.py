@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from browser import ATTACK, opened
 
 from eval.figures import CURVES, INK, SERIES, mixture_cdf, training_figure
 from eval.judges import Judgement
@@ -17,14 +16,7 @@ from eval.report import Measurement, PolicyResult, build_report
 from eval.tail import absolute_threshold, frozen_threshold
 from reward.distribution import RewardDistribution
 
-ATTACK = (
-    "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> & \"quoted\" $\\frac{1}{0}$"
-    " </script></style></title>--><svg onload=document.title='owned'> ' autofocus onfocus=document.title='owned' x='"
-    " <a href=\"javascript:document.title='owned'\">x</a>"
-)
 LEVELS = [0.1, 0.3, 0.5, 0.7, 0.9]
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class StubJudge:
@@ -220,23 +212,22 @@ def test_mixture_is_the_mean_of_the_laws():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_a_real_browser_shows_the_attack_and_does_not_run_it(page, tmp_path):
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]  # fmt: skip
-    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, flags=re.DOTALL)
-    assert title is not None, done.stderr[-2000:]
-    assert title.group(1) != "owned"
-    assert done.stdout.count("&lt;script&gt;document.title='owned'&lt;/script&gt;") > 20
+    shown = opened(page, tmp_path / "profile")
+    assert re.search(r"<title>(.*?)</title>", shown, flags=re.DOTALL).group(1) != "owned"
+    assert shown.count("&lt;script&gt;document.title='owned'&lt;/script&gt;") > 20
     # The same page with the escaping undone: the browser does run scripts, so the test above can fail.
     bare = tmp_path / "bare.html"
     bare.write_text("<!DOCTYPE html><title>t</title><script>document.title='owned'</script>")
-    done = subprocess.run([CHROMIUM, *flags, bare.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "<title>owned</title>" in done.stdout
+    assert "<title>owned</title>" in opened(bare, tmp_path / "profile")
+
+
+def test_a_browser_that_is_meant_to_be_there_is_missed(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for value, outcome in (("", pytest.skip.Exception), ("0", pytest.skip.Exception), ("1", pytest.fail.Exception)):
+        monkeypatch.setenv("REQUIRE_BROWSER", value)
+        with pytest.raises(outcome, match="no chromium on this machine"):
+            opened(page, tmp_path / "profile")
 
 
 def test_the_calibration_of_training_is_what_the_page_draws():

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from browser import ATTACK, opened
 from scipy import stats
 
 from eval.preferences import REWARDBENCH_SECTIONS, PreferencePairs
@@ -27,7 +29,6 @@ from rlhf.risk import parse_risk
 
 INTERVALS = Intervals(resamples=200)
 LEVELS = torch.arange(1, 40, dtype=torch.float64) / 40
-ATTACK = "<script>document.title='owned'</script>"
 
 
 def world(texts, seed, doubt=0.0):
@@ -133,13 +134,18 @@ def test_preference_report_holds_subsets_and_sections():
     assert pairs_report(["u", "v"])["measures"]["mean"]["rewardbench"] is None
 
 
-def test_page_and_table_show_every_part_and_obey_nobody(ratings_part, tmp_path):
+@pytest.fixture(scope="module")
+def report(ratings_part):
+    """Every part, with the attack wherever somebody else's text stands."""
     report = {
         "model": f"model {ATTACK}", "created": "2026-01-01", "level": 0.95, "warnings": [f"beware {ATTACK}"],
         "settings": {"dataset": ATTACK}, "ratings": ratings_part,
         "preferences": pairs_report(["alpacaeval-easy", ATTACK] * 10),
     }  # fmt: skip
-    report = without_nan(report)
+    return without_nan(report)
+
+
+def test_page_and_table_show_every_part_and_obey_nobody(report, ratings_part, tmp_path):
     json.dumps(report, allow_nan=False)
     write_reward_page(tmp_path / "page.html", report, title=f"title {ATTACK}")
     page = (tmp_path / "page.html").read_text()
@@ -156,6 +162,14 @@ def test_page_and_table_show_every_part_and_obey_nobody(ratings_part, tmp_path):
     write_reward_page(tmp_path / "pairs.html", alone, title="pairs")
     assert (tmp_path / "pairs.html").read_text().count("<svg") == 1
     assert reward_table(report | {"preferences": None}).startswith("| held-out ratings")
+
+
+@pytest.mark.slow
+def test_a_real_browser_shows_the_attack_and_does_not_run_it(report, tmp_path):
+    write_reward_page(tmp_path / "page.html", report, title=f"title {ATTACK}")
+    shown = opened(tmp_path / "page.html", tmp_path / "profile")
+    assert re.search(r"<title>(.*?)</title>", shown, flags=re.DOTALL).group(1).startswith("title ")
+    assert shown.count("&lt;script&gt;document.title='owned'&lt;/script&gt;") > 5
 
 
 def test_one_number_per_text_still_makes_a_page(tmp_path):

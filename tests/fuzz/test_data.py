@@ -1,6 +1,8 @@
 """Data files as nobody should write them: rows come out whole, or one clear error names the file."""
 
+import csv
 import gc
+import io
 import json
 import math
 
@@ -62,13 +64,18 @@ def own_cache(tmp_path, monkeypatch):
 
 def refused(read, *arguments):
     """Whether it was refused; anything but an error for a user fails the test."""
+    return refusal(read, *arguments) is not None
+
+
+def refusal(read, *arguments) -> str | None:
+    """Why it was refused."""
     try:
         read(*arguments)
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise
-    except (ValueError, OSError):
-        return True
-    return False
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 @given(text=ANY, ratings=ANY, rest=st.dictionaries(st.sampled_from(["source", "split"]), st.text(max_size=3)))
@@ -162,6 +169,66 @@ def test_pairs_of_other_kinds_are_refused_in_both_readers(tmp_path, row):
     with pytest.raises(ValueError, match="row 0"):
         load_preferences(tmp_path / "p.jsonl")
     assert refused(lambda: preference_pairs(read_dataset(tmp_path / "p.jsonl", None)[0])) or "prompt" in row
+
+
+CELL = SCALARS | st.lists(SCALARS, max_size=3)
+COLUMNS = {
+    "text": st.just("a") | st.text(max_size=3) | SCALARS,
+    "ratings": st.lists(st.floats(-3, 3), min_size=1, max_size=3) | st.floats(-3, 3) | ANY,
+    "source": CELL, "split": CELL, "attributes": CELL, "prompt": st.just("p") | ANY | MESSAGES,
+    "chosen": st.just("c") | ANY | MESSAGES, "rejected": st.just("r") | ANY | MESSAGES, "margin": CELL,
+}  # fmt: skip
+TEXTS = st.text("ab \"',\n\\\u2028é", min_size=1, max_size=4).filter(str.strip)
+RATINGS = st.lists(st.floats(-3, 3), max_size=2).map(lambda drawn: [*drawn, -4.0, 4.0])  # not all equal
+SOUND = st.one_of(
+    st.lists(st.builds(lambda text, ratings: {"text": text, "ratings": ratings}, TEXTS, RATINGS), min_size=1),
+    st.lists(st.builds(lambda text: {"chosen": text + "c", "rejected": text + "r"}, TEXTS), min_size=1),
+)
+ROWS = st.lists(st.fixed_dictionaries({}, optional=COLUMNS) | SCALARS, max_size=3)
+WHOLE = st.just((0, b""))
+TORN = st.tuples(st.integers(0, 12), st.sampled_from([b"", b"{", b"[", b",", b'"', b"\n\n", b"\xff", b"\0"]))
+
+
+def file_content(rows: list, kind: str) -> bytes:
+    """Rows as people's tools write them, sound or not."""
+    if kind == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["text", "ratings", "chosen", "rejected"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in rows if isinstance(row, dict))
+        return text.getvalue().encode(errors="surrogatepass")
+    return (json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)).encode()
+
+
+@pytest.mark.slow
+@given(
+    content=st.tuples(SOUND, WHOLE) | st.tuples(SOUND | ROWS, WHOLE | TORN),
+    kind=st.sampled_from(["jsonl", "json", "csv"]),
+)
+def test_a_file_of_ratings_or_pairs_is_read_or_refused(tmp_path_factory, content, kind):
+    """Sound rows, rows of any other form, files that end in the middle and files with something behind their end."""
+    rows, (cut, tail) = content
+    written = file_content(rows, kind)
+    # A folder of its own: datasets keeps what it has read under the name.
+    path = tmp_path_factory.mktemp("rows") / f"rows.{kind}"
+    path.write_bytes(written[: len(written) - cut] + tail)
+    for read in (load_ratings, load_preferences):
+        message = refusal(read, path)
+        if message is None:
+            assert 0 < len(read(path)) <= len(rows)
+        else:
+            assert str(path) in message or "row" in message or "column" in message, message
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(rows=SOUND, kind=st.sampled_from(["jsonl", "json"]))
+def test_a_sound_file_is_read_whole(tmp_path_factory, rows, kind):
+    path = tmp_path_factory.mktemp("rows") / f"rows.{kind}"
+    path.write_bytes(file_content(rows, kind))
+    if "text" in rows[0]:
+        assert load_ratings(path)["text"][:] == [row["text"] for row in rows]
+    else:
+        assert load_preferences(path)["chosen"][:] == [row["chosen"] for row in rows]
 
 
 FIELDS = {

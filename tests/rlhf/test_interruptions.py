@@ -3,19 +3,26 @@
 Children are forked from one warm process, so a restart costs a moment and not the imports.
 """
 
+import collections
 import json
+import math
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from interrupted import SETTINGS
 from nursery import Nursery
 
 from rlhf.durability import UNFINISHED, damage, newest_sound
 
 STEPS = 24
 KILLS = 20
+PHASES = (
+    "rollout", "checkpoint", "loading", "update", "checkpoint",
+    "rollout", "checkpoint", "resuming", "update", "checkpoint",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,27 +50,71 @@ def assert_same_result(folder: Path, expected: Path) -> None:
     assert json.loads((folder / "record.json").read_text()) == json.loads((expected / "record.json").read_text())
 
 
+def wait_for_text(log: Path, text: str, limit: float = 120.0) -> None:
+    until = time.monotonic() + limit
+    while not log.exists() or text not in log.read_text():
+        assert time.monotonic() < until, f"{text!r} is not in {log}"
+        time.sleep(0.002)
+
+
+def events_until(phase: str, step: int, resumed_at: int) -> int:
+    """How many events a run that goes on after `resumed_at` has reported when this phase of a step begins."""
+    logs = sum(s % SETTINGS["logging_steps"] == 0 for s in range(resumed_at + 1, step))
+    # Each step begins, comes before the optimiser, ends and is saved.
+    return 4 * (step - resumed_at - 1) + logs + (3 if phase == "checkpoint" else 1)
+
+
+def step_to_kill_in(phase: str, resumed_at: int, chance: random.Random) -> int:
+    """The next step that collects a rollout, one or two after it that do not, or any that writes a checkpoint."""
+    per_rollout = SETTINGS["num_ppo_epochs"] * SETTINGS["num_mini_batches"]
+    step = resumed_at + 1
+    if phase == "rollout":
+        step += -resumed_at % per_rollout
+    elif phase == "update":
+        # Past a new checkpoint for certain, so that the kills come forward.
+        step += chance.randint(1, 2)
+        step += step % per_rollout == 1
+    else:
+        step += chance.randint(0, 1)
+    return min(step, STEPS - 1)
+
+
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing(nursery, through, tmp_path):
-    chance = random.Random(7)
-    inside_rollout = resumed_at = 0
+    """In every phase of a life: while it loads and resumes, collects a rollout, updates, writes a checkpoint."""
+    chance, loading, run = random.Random(7), math.inf, tmp_path / "run"
+    found, resumed_at = collections.Counter(), 0
     for kill in range(KILLS):
+        phase, started, wanted = PHASES[kill % len(PHASES)], time.time(), 0
         child = train(nursery, tmp_path)
-        # Somewhere in the first steps of this life, and a random while after one of their events.
-        assert child.wait_for_events(chance.randint(0, 5)), child.log.read_text()[-3000:]
-        time.sleep(chance.uniform(0, 0.03))
+        if phase == "loading":
+            # As long as the lives before needed; machines differ.
+            time.sleep(loading * chance.uniform(0.2, 0.9))
+        elif phase == "resuming":
+            wait_for_text(child.log, "Resuming from" if resumed_at else "")
+            time.sleep(chance.uniform(0, 0.1))
+        else:
+            assert child.wait_for_events(1), child.log.read_text()[-3000:]
+            loading = min(loading, time.time() - started)
+            wanted = events_until(phase, step_to_kill_in(phase, resumed_at, chance), resumed_at)
+            assert child.wait_for_events(wanted), child.log.read_text()[-3000:]
+            time.sleep(chance.uniform(0, 0.01))
         child.signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, f"kill {kill} came too late"
-        newest, skipped = newest_sound(tmp_path / "run")
+        found[phase] += child.events.stat().st_size == wanted
+        found["unfinished"] += any(path.stat().st_mtime > started for path in run.glob(f"{UNFINISHED}/*"))
+        newest, skipped = newest_sound(run)
         assert skipped == []
         if newest is not None:
             resumed_at = int(newest.name.partition("-")[2])
-            inside_rollout += (newest / "rollout_0.safetensors").is_file()
-    assert 0 < resumed_at < STEPS
-    assert inside_rollout > 0
+            found["rollout in use"] += (newest / "rollout_0.safetensors").is_file()
+    assert STEPS // 2 < resumed_at < STEPS
+    # Where a busy machine was late, the kill fell into the next phase.
+    assert min(found[phase] for phase in PHASES) >= 1, found
+    assert min(found["unfinished"], found["rollout in use"]) >= 3, found
     last = train(nursery, tmp_path)
     assert last.wait() == 0, last.log.read_text()[-3000:]
-    assert f"Resuming from {tmp_path}/run/checkpoint-{resumed_at}." in last.log.read_text()
+    assert f"Resuming from {run}/checkpoint-{resumed_at}." in last.log.read_text()
     assert_same_result(tmp_path, through)
     # Killed after the last checkpoint and before the final save: nothing is trained beyond the end.
     for name in ("weights.safetensors", "record.json"):

@@ -35,19 +35,42 @@ def test_reading_starts_a_new_period():
 
 
 def test_tail_summary_by_hand():
-    # Sorted -4, -1, 0, 5 at the levels 1/8, 3/8, 5/8, 7/8; below 1/8 the quantile function is flat at -4.
-    summary = score_summary(torch.tensor([0.0, -4.0, 5.0, -1.0, math.nan]), threshold=-1.0)
-    assert summary["reward/score_mean"] == 0
+    # Twenty scores at the levels 1/40, 3/40, 5/40, ...; below 1/40 the quantile function is flat at -4.
+    scores = torch.tensor([0.0, -4.0, 5.0, -2.0, math.nan] + 16 * [1.0])
+    summary = score_summary(scores, threshold=-2.0)
+    assert summary["reward/score_mean"] == pytest.approx(15 / 20)
     assert summary["reward/score_min"] == -4
-    assert summary["reward/score_std"] == pytest.approx(math.sqrt(42 / 4))
-    assert summary["reward/score_q05"] == -4
-    assert summary["reward/score_cvar_0.1"] == -4
-    assert summary["reward/below_threshold_rate"] == 0.5
+    assert summary["reward/score_std"] == pytest.approx(math.sqrt((16 + 25 + 4 + 16) / 20 - 0.75**2))
+    assert summary["reward/score_q05"] == pytest.approx(-3)
+    # Flat for 1/40, from -4 to -2 in 2/40, from -2 to -1 in the last 1/40 of the worst 4/40.
+    assert summary["reward/score_cvar_0.1"] == pytest.approx((-4 * 1 - 3 * 2 - 1.5 * 1) / 4)
+    assert summary["reward/below_threshold_rate"] == pytest.approx(0.1)
 
 
 def test_summary_of_nothing_is_empty():
     assert score_summary(torch.tensor([math.nan, math.inf]), threshold=0.0) == {}
     assert "reward/below_threshold_rate" not in score_summary(torch.tensor([1.0]), threshold=None)
+
+
+@pytest.mark.parametrize(
+    ("count", "absent"),
+    [
+        (1, {"std", "q05", "cvar_0.1"}),
+        (2, {"q05", "cvar_0.1"}),
+        (5, {"q05", "cvar_0.1"}),
+        (6, {"q05"}),
+        (8, {"q05"}),
+        (10, {"q05"}),
+        (11, set()),
+    ],
+)
+def test_what_few_scores_cannot_support_is_left_out(count, absent):
+    # NaN is no score, and does not help.
+    summary = score_summary(torch.tensor([*range(count), math.nan, math.nan]), threshold=0.0)
+    names = {name.removeprefix("reward/score_") for name in summary}
+    assert names == {"mean", "std", "min", "q05", "cvar_0.1", "reward/below_threshold_rate"} - absent
+    # What is there says more than the minimum does.
+    assert all(summary[f"reward/score_{name}"] > 0 for name in {"q05", "cvar_0.1"} - absent)
 
 
 def test_critic_metrics_by_hand():

@@ -1,5 +1,7 @@
 """A reward function that ends a run costs no finished step."""
 
+import threading
+
 import pytest
 import torch
 from tiny import count_good, tiny_prompts, tiny_trainer
@@ -28,6 +30,21 @@ class Outage:
         self.calls = state["calls"]
 
 
+class Hang(Outage):
+    """The same service, but down it answers nothing at all until the test is over."""
+
+    def __init__(self, down):
+        super().__init__(down)
+        self.over = threading.Event()
+
+    def __call__(self, prompts, completions, is_evaluation, **columns):
+        try:
+            return super().__call__(prompts, completions, is_evaluation, **columns)
+        except ConnectionError:
+            assert self.over.wait(120)
+            return [0.0] * len(prompts)
+
+
 SETTINGS = {"num_ppo_epochs": 2, "max_steps": 4, "lr_scheduler_type": "linear", "save_strategy": "no"}
 
 
@@ -41,6 +58,21 @@ def test_the_resumed_run_equals_one_without_the_outage(tmp_path):
     resumed = tiny_trainer(tmp_path / "broken", reward=Outage(None), **resume, **SETTINGS)
     resumed.train(**resume)
     assert resumed.reward_functions.functions[0].calls == 2
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_a_reward_that_hangs_ends_the_run_after_its_checkpoint(tmp_path):
+    hang, settings = Hang(2), SETTINGS | {"reward_timeout": 1.0}
+    whole = tiny_trainer(tmp_path / "whole", reward=Outage(None), **SETTINGS)
+    whole.train()
+    trainer = tiny_trainer(tmp_path / "hang", reward=hang, **settings)
+    with pytest.raises(RewardError, match=r"'outage' failed .* \(TimeoutError: no answer within 1 s\)"):
+        trainer.train()
+    hang.over.set()
+    resume = {"resume_from_checkpoint": str(tmp_path / "hang" / "checkpoint-2")}
+    resumed = tiny_trainer(tmp_path / "hang", reward=Outage(None), **resume, **settings)
+    resumed.train(**resume)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 

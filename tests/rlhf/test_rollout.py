@@ -1,12 +1,15 @@
 """Prompts, sampling and the order in which prompts are visited."""
 
+import json
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import logged, tiny_tokenizer, tiny_trainer
 
-from rlhf.rollout import Rollout, RolloutSampler, completions_of, left_pad, tokenize_prompts
+from rlhf.rollout import CompletionFiles, Rollout, RolloutSampler, completions_of, left_pad, tokenize_prompts
 
 PAD, EOS = 0, 1
 
@@ -133,3 +136,43 @@ def test_rollout_rows_and_state():
 def test_fewer_prompts_than_a_block_give_no_rollout(block):
     assert list(sampler(7, block=block)) == []
     assert len(sampler(7, block=block)) == 0
+
+
+def test_completions_that_find_no_room_cost_no_step(tmp_path, monkeypatch):
+    """The disk is full from the second rollout on, after half of the file, and has room again for the last."""
+    write_text, rollouts = Path.write_text, []
+
+    def full(path, text, **options):
+        if path.parent.name != "completions":
+            return write_text(path, text, **options)
+        rollouts.append(path)
+        if len(rollouts) in (2, 3):
+            write_text(path, text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+        return write_text(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    trainer = tiny_trainer(
+        tmp_path, log_completions=True, num_ppo_epochs=1, max_steps=4, save_strategy="steps", save_steps=2
+    )
+    with pytest.warns(UserWarning, match="completions of step 1 could not be written .*No space left") as caught:
+        trainer.train()
+    assert len([warning for warning in caught if "could not be written" in str(warning.message)]) == 1
+    assert len(logged(trainer, "loss")) == 4
+    assert (tmp_path / "checkpoint-4").is_dir()
+    files = {path.name: path for path in (tmp_path / "completions").iterdir()}
+    assert set(files) == {"step_000000_rank_0.jsonl", "step_000003_rank_0.jsonl"}
+    rows = [json.loads(line) for line in files["step_000003_rank_0.jsonl"].read_text().splitlines()]
+    assert len(rows) == 8
+    assert set(rows[0]) == {"prompt", "completion", "score"}
+
+
+def test_a_file_where_the_folder_of_completions_belongs_is_named(tmp_path):
+    (tmp_path / "completions").write_text("mine")
+    files = CompletionFiles(tmp_path / "completions", 0)
+    with pytest.warns(UserWarning, match="File exists: '.*completions'"):
+        files.write(3, ["a"], ["\ud800"], torch.tensor([1.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files.write(4, ["a"], ["b"], torch.tensor([1.0]))
+    assert (tmp_path / "completions").read_text() == "mine"

@@ -220,11 +220,19 @@ def test_a_completion_does_not_depend_on_its_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stop", "lora"), [(3, False), (4, False), (3, True)], ids=["inside a rollout", "between rollouts", "adapter"]
+    ("stop", "changes"),
+    [
+        (3, {}),
+        (4, {}),
+        (3, {"peft_config": LoraConfig(task_type="CAUSAL_LM", r=2)}),
+        (3, {"critic": "separate", "critic_learning_rate": 1e-3}),
+        (4, {"normalize_scores": True}),
+    ],
+    ids=["inside a rollout", "between rollouts", "adapter", "separate critic", "normalized scores"],
 )
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, lora):
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, changes):
     settings = {"num_ppo_epochs": 2, "max_steps": 9, "kl_target": 0.5, "num_mini_batches": 1, "max_grad_norm": 0.5}
-    settings |= {"kl_gain": 1.0, "peft_config": LoraConfig(task_type="CAUSAL_LM", r=2) if lora else None}
+    settings |= {"kl_gain": 1.0, **changes}
     through = tiny_trainer(tmp_path / "a", **settings)
     through.train()
 
@@ -410,6 +418,18 @@ def test_evaluation_reports_held_out_scores(tmp_path):
     assert entries[0]["eval_num_completions"] == len(held_out)
     assert 0 <= entries[0]["eval_reward/below_threshold_rate"] <= 1
     assert not any(name.startswith("policy/") for name in entries[0])
+
+
+def test_one_held_out_prompt_has_a_score_and_no_tail(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=tiny_prompts(1).select(range(1)), per_device_eval_batch_size=4)
+    found = trainer.evaluate()
+    assert found["eval_num_completions"] == 1
+    assert found["eval_reward/score_mean"] == found["eval_reward/score_min"]
+    assert not {"eval_reward/score_std", "eval_reward/score_q05", "eval_reward/score_cvar_0.1"} & set(found)
+    # A rollout of eight, as small as they come, has its worst tenth.
+    trainer.train()
+    assert len(logged(trainer, "reward/score_cvar_0.1")) == 2
+    assert logged(trainer, "reward/score_q05") == []
 
 
 def test_several_generations_of_one_prompt(tmp_path):
