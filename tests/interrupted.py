@@ -114,9 +114,10 @@ class SmallDisk(TrainerCallback):
 
 
 if __name__ == "__main__":
-    # Launched: each rank leaves its process id and its events in the folder.
-    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    # Launched: each rank leaves its process id and its events in the folder. `by_rank` is for one rank alone.
+    folder, rank, settings = Path(sys.argv[1]), os.environ.get("RANK", "0"), json.loads(sys.argv[2])
+    settings |= settings.pop("by_rank", {}).get(rank, {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     with (folder / f"events_{rank}").open("ab", buffering=0) as events:
-        train(lambda: events.write(b"."), str(folder), **json.loads(sys.argv[2]))
+        train(lambda: events.write(b"."), str(folder), **settings)

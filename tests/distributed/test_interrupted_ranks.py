@@ -128,6 +128,22 @@ def test_interrupted_zero2_ranks_resume_bit_by_bit(tmp_path, monkeypatch, way):
     assert [name for name in wanted if not weights[name].equal(wanted[name])] == []
 
 
+def test_a_full_disk_of_one_rank_costs_both_the_checkpoint_only(tmp_path):
+    folder = tmp_path / "run"
+    # Above 1000 bytes are this rank's part of the optimiser's state, its rollout and its random state.
+    full = {"by_rank": {"1": {"file_limit": [1000, 3, 4]}}}
+    settings = {**SETTINGS, "max_steps": 6, "save_total_limit": None, **full}
+    output = launch(cpu_config("zero2", tmp_path, 2), SCRIPT, folder, json.dumps(settings))
+    warned = [line for line in output.splitlines() if "could not be written" in line]
+    for step, failures, line in zip((3, 4), (1, 2), warned, strict=True):
+        assert f"The checkpoint of step {step} could not be written (" in line
+        assert f"Failures in a row: {failures}; a crash would lose the work since {folder}/run/checkpoint-2." in line
+    left = {path.name: damage(path) for path in (folder / "run").iterdir()}
+    assert left == {f"checkpoint-{step}": None for step in (1, 2, 5, 6)}
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["ranks"], record["zero_stage"]) == (2, 2)
+
+
 def test_a_sigterm_to_one_rank_stops_both_with_one_checkpoint(tmp_path):
     folder = tmp_path / "run"
     process = begin(cpu_config("ddp_cpu", tmp_path, 2), folder, save_strategy="no", max_steps=1000)
