@@ -94,7 +94,7 @@ def inside_a_rollout(checkpoint: Path) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupted_zero2_ranks_resume_bit_by_bit(tmp_path, monkeypatch, way):
     interruptions, settings = WAYS[way]
-    settings = {**SETTINGS, "max_steps": 14, **settings}
+    settings = {**SETTINGS, "max_steps": 18, **settings}
     config, chance = cpu_config("zero2", tmp_path, 2), random.Random(way)
     through, folder = tmp_path / "through", tmp_path / "interrupted"
     launch(config, SCRIPT, through, json.dumps(settings))
