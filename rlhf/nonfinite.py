@@ -41,6 +41,9 @@ REMEDIES = {
 }
 """What can be done about each quantity, in the order in which one causes the next."""
 
+WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Ways of sharing the work that leave every gradient as the backward pass made it, until it is clipped here."""
+
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row without a finite loss and gradient; the message is a diagnosis."""
@@ -186,7 +189,9 @@ class UpdateGuard:
         seen = [quantity for batch in self._watched if (quantity := batch.first_nonfinite()) is not None]
         if seen:
             return Finding(rank, min(seen, key=list(REMEDIES).index), "", losses)
-        return Finding(rank, "gradient", _gradient_detail(model), losses)
+        # Elsewhere a norm of NaN has been multiplied into all of them, or they are gone.
+        named = self.accelerator.distributed_type in WHOLE_GRADIENTS
+        return Finding(rank, "gradient", _gradient_detail(model) if named else "", losses)
 
     def _keep(self, own: Finding, findings: list[Finding], step: int) -> None:
         """Save the micro-batches that are not finite; where only the gradient is, all of them may be its cause."""
@@ -246,8 +251,7 @@ class FiniteUpdates:
 
         Clipping by it would turn every gradient into NaN and hide the parameter where it began.
         """
-        plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        if self.accelerator.distributed_type not in plain:
+        if self.accelerator.distributed_type not in WHOLE_GRADIENTS:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         parameters = [p for p in model.parameters() if p.grad is not None]

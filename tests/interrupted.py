@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import tiny_qrm, tiny_tokenizer, tiny_trainer
 from transformers import TrainerCallback
@@ -49,6 +50,7 @@ def train(
     output: str,
     file_limit: list | None = None,
     final: bool = False,
+    lora: bool = False,
     **settings: object,
 ) -> None:
     """Train to the end, or as far as the process lives, and write what came of it.
@@ -58,6 +60,7 @@ def train(
         output: folder of the run.
         file_limit: bytes, and the steps from and to which no file may grow larger.
         final: save the policy at the end, as the recipes do.
+        lora: train an adapter.
         settings: of `PPOConfig`.
     """
     reward = RiskReward(
@@ -66,6 +69,8 @@ def train(
     callbacks = [Report(report)] + ([] if file_limit is None else [SmallDisk(*file_limit)])
     resume = settings.pop("resume_from_checkpoint", "auto")
     settings = {**SETTINGS, "resume_from_checkpoint": resume, **settings}
+    if lora:
+        settings["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
     trainer = tiny_trainer(Path(output, "run"), reward=reward, callbacks=callbacks, **settings)
     trainer.train(resume)
     if final:
@@ -109,9 +114,10 @@ class SmallDisk(TrainerCallback):
 
 
 if __name__ == "__main__":
-    # Launched: each rank leaves its process id and its events in the folder.
-    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    # Launched: each rank leaves its process id and its events in the folder. `by_rank` is for one rank alone.
+    folder, rank, settings = Path(sys.argv[1]), os.environ.get("RANK", "0"), json.loads(sys.argv[2])
+    settings |= settings.pop("by_rank", {}).get(rank, {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     with (folder / f"events_{rank}").open("ab", buffering=0) as events:
-        train(lambda: events.write(b"."), str(folder), **json.loads(sys.argv[2]))
+        train(lambda: events.write(b"."), str(folder), **settings)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,16 +14,24 @@ from distributed.launching import ROOT, cpu_config, free_port, launch, start
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import get_default_build_root
 
-from rlhf.durability import damage, files_of, newest_sound
+from rlhf.durability import damage, files_of, newest_sound, step_of
 
 SCRIPT = ROOT / "tests" / "interrupted.py"
 SETTINGS = {"max_steps": 10, "per_device_train_batch_size": 2}
+UPDATES = 4  # of one rollout: two epochs of two mini-batches
+# How a run is interrupted, and how it trains.
+WAYS = {
+    "full_shared": (("kill", "terminate"), {}),
+    "lora_separate": (("kill", "kill"), {"lora": True, "critic": "separate"}),
+}
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
 def wait_for_events(process, folder: Path, number: int, ranks: int = 2) -> None:
-    until, files = time.monotonic() + 300, [folder / f"events_{rank}" for rank in range(ranks)]
-    while not all(path.is_file() and path.stat().st_size >= number for path in files):
+    """Until every rank has passed so many events since this was called; a rank that has yet to start has none."""
+    files = [folder / f"events_{rank}" for rank in range(ranks)]
+    until, before = time.monotonic() + 300, [path.stat().st_size if path.is_file() else 0 for path in files]
+    while not all(path.is_file() and path.stat().st_size >= n + number for path, n in zip(files, before, strict=True)):
         assert process.poll() is None, (folder / "log").read_text()[-6000:]
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -52,34 +61,87 @@ def leave_a_build_unfinished(root: Path, monkeypatch) -> Path:
     return lock
 
 
-def test_killed_zero2_ranks_resume_bit_by_bit(tmp_path, monkeypatch):
-    config = cpu_config("zero2", tmp_path, 2)
-    through, killed = tmp_path / "through", tmp_path / "killed"
-    launch(config, SCRIPT, through, json.dumps(SETTINGS))
-    process = begin(config, killed)
-    # 4 or 5 events a step: inside the second rollout, with a checkpoint inside it.
-    wait_for_events(process, killed, 27)
-    # As when a machine dies: the launcher first, or it would ask the second rank to leave in peace.
-    for pid in (process.pid, *(int(path.read_text()) for path in rank_files(killed, "pid"))):
+def kill(process, folder: Path) -> None:
+    """As when a machine dies: the launcher first, or it would ask the second rank to leave in peace."""
+    for pid in (process.pid, *(int(path.read_text()) for path in rank_files(folder, "pid"))):
         os.kill(pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    checkpoint, skipped = newest_sound(killed / "run")
+
+
+def terminate(process, folder: Path) -> None:
+    """One rank is asked to leave, and both do."""
+    os.kill(int(rank_files(folder, "pid")[1].read_text()), signal.SIGTERM)
+    assert process.wait(timeout=120) == 1  # the launcher's own status
+    assert set(re.findall(r"exitcode *: (-?\d+)", (folder / "log").read_text())) == {"143"}
+
+
+def check_newest(folder: Path) -> Path:
+    """The checkpoint to resume from: whole, with a part of every rank, and the rollout if that is still in use."""
+    checkpoint, skipped = newest_sound(folder / "run")
     assert skipped == []
-    step = int(checkpoint.name.partition("-")[2])
-    assert 4 < step < SETTINGS["max_steps"]
     names = files_of(checkpoint)
     assert {f"rank_{rank}.safetensors" for rank in (0, 1)} <= set(names)
     assert sum("optim_states" in name for name in names) == 2
+    rollouts = {name for name in names if name.startswith("rollout_")}
+    assert rollouts == ({f"rollout_{rank}.safetensors" for rank in (0, 1)} if inside_a_rollout(checkpoint) else set())
+    return checkpoint
+
+
+def inside_a_rollout(checkpoint: Path) -> bool:
+    return step_of(checkpoint) % UPDATES != 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_interrupted_zero2_ranks_resume_bit_by_bit(tmp_path, monkeypatch, way):
+    interruptions, settings = WAYS[way]
+    settings = {**SETTINGS, "max_steps": 18, **settings}
+    config, chance = cpu_config("zero2", tmp_path, 2), random.Random(way)
+    through, folder = tmp_path / "through", tmp_path / "interrupted"
+    launch(config, SCRIPT, through, json.dumps(settings))
+    checkpoints = []
+    # 4 or 5 events a step, 3 or 4 without a save: inside the second rollout, with a checkpoint inside it; then later.
+    for interruption, events in zip(interruptions, (chance.randint(22, 29), chance.randint(4, 8)), strict=True):
+        # Only SIGTERM's own checkpoint can then hold the step at which it came.
+        saves = {"save_strategy": "no"} if interruption == "terminate" else {}
+        process = begin(config, folder, **settings, **saves)
+        wait_for_events(process, folder, events)
+        # Also in the middle of a save.
+        time.sleep(chance.uniform(0, 0.03))
+        {"kill": kill, "terminate": terminate}[interruption](process, folder)
+        if checkpoints:
+            assert f"Resuming from {checkpoints[-1]}." in (folder / "log").read_text()
+        checkpoints.append(check_newest(folder))
+    steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    assert UPDATES < steps[0] <= steps[1] < settings["max_steps"]
+    assert steps[0] < steps[1] or interruptions[1] == "kill"
+    assert any(map(inside_a_rollout, checkpoints))
     lock = leave_a_build_unfinished(tmp_path / "extensions", monkeypatch)
-    output = launch(config, SCRIPT, killed, json.dumps(SETTINGS))
+    output = launch(config, SCRIPT, folder, json.dumps(settings))
     assert f"Deleted {lock}" in output
-    assert f"Resuming from {checkpoint}." in output
-    expected, record = (json.loads((folder / "record.json").read_text()) for folder in (through, killed))
+    assert f"Resuming from {checkpoints[-1]}." in output
+    expected, record = (json.loads((path / "record.json").read_text()) for path in (through, folder))
     assert (record["ranks"], record["zero_stage"]) == (2, 2)
     assert record == expected
-    weights, wanted = (load_file(folder / "weights.safetensors") for folder in (killed, through))
+    weights, wanted = (load_file(path / "weights.safetensors") for path in (folder, through))
     assert weights.keys() == wanted.keys()
+    assert any("lora_B" in name for name in wanted) == settings.get("lora", False)
     assert [name for name in wanted if not weights[name].equal(wanted[name])] == []
+
+
+def test_a_full_disk_of_one_rank_costs_both_the_checkpoint_only(tmp_path):
+    folder = tmp_path / "run"
+    # Above 1000 bytes are this rank's part of the optimiser's state, its rollout and its random state.
+    full = {"by_rank": {"1": {"file_limit": [1000, 3, 4]}}}
+    settings = {**SETTINGS, "max_steps": 6, "save_total_limit": None, **full}
+    output = launch(cpu_config("zero2", tmp_path, 2), SCRIPT, folder, json.dumps(settings))
+    warned = [line for line in output.splitlines() if "could not be written" in line]
+    for step, failures, line in zip((3, 4), (1, 2), warned, strict=True):
+        assert f"The checkpoint of step {step} could not be written (" in line
+        assert f"Failures in a row: {failures}; a crash would lose the work since {folder}/run/checkpoint-2." in line
+    left = {path.name: damage(path) for path in (folder / "run").iterdir()}
+    assert left == {f"checkpoint-{step}": None for step in (1, 2, 5, 6)}
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["ranks"], record["zero_stage"]) == (2, 2)
 
 
 def test_a_sigterm_to_one_rank_stops_both_with_one_checkpoint(tmp_path):

@@ -38,15 +38,29 @@ RISK = {
         "per_device_train_batch_size": 2,
     },
 }
+# A second pass over each rollout, in which most tokens are clipped; held-out prompts that two ranks cannot halve.
+CLIPPED = {
+    "num_ppo_epochs": 2,
+    "clip_range": 0.003,
+    "max_steps": 4,
+    "max_completion_length": 12,
+    "held_out": 11,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "per_device_eval_batch_size": 2,
+}
+CLIP = {"clipped": CLIPPED}
+# Each rank decodes with weights that are gathered layer by layer, for every token of any rank.
+BY_LAYER = {"clipped_by_layer": CLIPPED | {"ds3_gather_for_generation": False}}
 OFFLOAD = "DeepSpeed ZeRO-{} (offload: optimizer {}, parameters {})"
 # Accelerate config: what it must become, shares of the weights and of the optimiser's state on a rank, runs.
 MODES = {
-    "ddp_cpu": ("data parallelism", 1, 1, WAYS | RISK),
-    "zero1": (OFFLOAD.format(1, "none", "none"), 1, 1 / 2, WAYS),
-    "zero2": (OFFLOAD.format(2, "none", "none"), 1, 1 / 2, WAYS | RISK),
-    "zero3": (OFFLOAD.format(3, "none", "none"), 1 / 2, 1 / 2, WAYS | RISK),
-    "zero3_offload": (OFFLOAD.format(3, "cpu", "cpu"), 1 / 2, 1 / 2, WAYS),
-    "fsdp2": ("FSDP version 2", 1 / 2, 1 / 2, WAYS | RISK),
+    "ddp_cpu": ("data parallelism", 1, 1, WAYS | RISK | CLIP),
+    "zero1": (OFFLOAD.format(1, "none", "none"), 1, 1 / 2, WAYS | CLIP),
+    "zero2": (OFFLOAD.format(2, "none", "none"), 1, 1 / 2, WAYS | RISK | CLIP),
+    "zero3": (OFFLOAD.format(3, "none", "none"), 1 / 2, 1 / 2, WAYS | RISK | CLIP | BY_LAYER),
+    "zero3_offload": (OFFLOAD.format(3, "cpu", "cpu"), 1 / 2, 1 / 2, WAYS | BY_LAYER),
+    "fsdp2": ("FSDP version 2", 1 / 2, 1 / 2, WAYS | RISK | CLIP),
 }
 # Noise alone: advantages are centred, so this loss is zero; near ties of equal answers change order by rounding.
 UNCOMPARED = {"policy/loss", "risk/rank_correlation_with_mean"}
@@ -70,16 +84,33 @@ def read(output: Path, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def check_equal(output: Path, alone: Path, name: str) -> None:
     """Every logged number and every weight of the run."""
-    (record, weights), (reference, expected) = read(output, name), read(alone, name)
+    (record, weights), (reference, expected) = read(output, name), read(alone, name.removesuffix("_by_layer"))
     assert record.keys() == reference.keys()
     compared = [key for key in record if "/" in key and key not in UNCOMPARED and not key.startswith("time/")]
+    assert len(record["loss"]) == (4 if name.startswith("clipped") else 3)
     for key in ["loss", "grad_norm", *compared]:
-        assert len(record[key]) == 3, key
+        assert len(record[key]) == len(reference[key]), key
         assert record[key] == pytest.approx(reference[key], rel=1e-4, abs=1e-5), key
     assert {"reward/score_min", "reward/score_cvar_0.1", "kl/reference", "completion/length_mean"} <= set(compared)
     assert weights.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(weights[key], tensor, atol=2e-4, rtol=0, msg=lambda m, n=key: f"{n}: {m}")
+        torch.testing.assert_close(weights[key], tensor, atol=1e-5, rtol=0, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def check_saved(output: Path, name: str) -> None:
+    """The folder that `save_model` wrote holds the weights of the run, bit by bit and none twice or left out."""
+    weights, folder = read(output, name)[1], output / name / "policy"
+    saved = load_file(folder / "critic" / "model.safetensors")
+    if name.startswith("lora"):
+        # The base stays where it was read from.
+        trained = {n for n in weights if not n.startswith("policy.") or "lora_" in n}
+        adapter = load_file(folder / "adapter_model.safetensors")
+        saved |= {f"policy.{n.removesuffix('.weight')}.default.weight": tensor for n, tensor in adapter.items()}
+    else:
+        trained = set(weights)
+        saved |= {f"policy.{n}": tensor for n, tensor in load_file(folder / "model.safetensors").items()}
+    assert saved.keys() == trained
+    assert [n for n in saved if not saved[n].equal(weights[n])] == []
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +123,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return train(folder, cpu_config("cpu", folder, 1), 1, WAYS | RISK)
+    return train(folder, cpu_config("cpu", folder, 1), 1, WAYS | RISK | CLIP)
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -116,6 +147,16 @@ def test_the_reference_is_one_process_that_learns(alone):
         assert name.startswith("full") or any("lora_B" in n and w.abs().max() > 1e-3 for n, w in weights.items())
 
 
+def test_the_clip_of_the_reference_is_active_and_its_evaluation_uneven(alone):
+    """With ratios of 1 a clip that ranks applied differently would pass, as would a prompt counted twice."""
+    record, _ = read(alone, "clipped")
+    first, second = record["policy/clip_fraction"][::2], record["policy/clip_fraction"][1::2]
+    assert first == [0.0, 0.0]
+    assert min(second) > 0.5
+    assert record["eval_num_completions"] == [CLIPPED["held_out"]] * 2
+    assert len(set(record["eval_reward/score_mean"])) == 2
+
+
 def test_two_ranks_equal_one_in_every_mode(mode, alone):
     name, output = mode
     kind, weights_share, optimizer_share, runs = MODES[name]
@@ -127,6 +168,7 @@ def test_two_ranks_equal_one_in_every_mode(mode, alone):
         assert record["weights_share"] == pytest.approx(weights_share, abs=0.1), run  # loose: see above
         assert record["optimizer_share"] == pytest.approx(optimizer_share, abs=0.1), run  # loose: see above
         check_equal(output, alone, run)
+        check_saved(output, run)
 
 
 def test_a_launch_that_became_another_mode_is_refused(mode):
@@ -174,6 +216,7 @@ def test_two_machines_equal_one_process(folder, alone):
     for run in ("full_shared", "lora_separate"):
         assert read(output, run)[0]["launch"] == [OFFLOAD.format(3, "none", "none"), 2]
         check_equal(output, alone, run)
+        check_saved(output, run)
 
 
 def test_fsdp_on_cpu_ranks_is_refused_not_replaced(folder):

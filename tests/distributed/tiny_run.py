@@ -17,7 +17,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
-from tiny import logged, tiny_llama, tiny_qrm, tiny_tokenizer, tiny_trainer
+from tiny import logged, tiny_llama, tiny_prompts, tiny_qrm, tiny_tokenizer, tiny_trainer
 
 from rlhf.preflight import actual_launch, check_mode
 from rlhf.reward_function import RiskReward
@@ -42,6 +42,9 @@ def run(output: Path, source: Path, settings: dict) -> None:
             tiny_qrm(), "cvar:0.3", scope="population", constraints=["below:0 <= 0.2"], tokenizer=tiny_tokenizer()
         )
     model = str(source) if source.is_dir() else tiny_llama(initializer_range=0.3)
+    held_out = settings.pop("held_out", None)
+    if held_out is not None:
+        settings["eval_dataset"] = tiny_prompts().select(range(held_out))
     trainer = tiny_trainer(
         output / "run",
         model=model,
