@@ -13,6 +13,7 @@ from tiny import tiny_llama, tiny_prompts, tiny_qrm, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
+from rlhf.attributes import WHOLE, build_objectives
 from rlhf.config import PPOConfig
 
 
@@ -115,6 +116,19 @@ def test_a_reward_model_that_names_nothing_is_refused_before_any_is_loaded(folde
     ):
         with pytest.raises(ValueError, match=message):
             recipe.check_arguments(data, recipe.RewardArguments(reward_model=spec), args, model)
+
+
+def test_flags_of_the_objective_reach_it():
+    recipe = load_recipe("ppo")
+    settings = {"risk": "mean", "constraint": ["mean >= 1"], "constraint_step_size": 0.3, "population_decay": 0.25}
+    settings |= {"constraint_warmup": [0.2, 0.6], "risk_schedule": "linear", "risk_schedule_from": "cvar:0.5"}
+    reward = recipe.RewardArguments(**settings)
+    objective = build_objectives(reward.risk, **recipe.risk_settings(reward))[WHOLE]
+    assert (objective.warmup, objective.dual.step_size, objective.tracker.decay) == ((0.2, 0.6), 0.3, 0.25)
+    assert objective.spec == "cvar:0.5 -> mean (linear, 0 to 1); mean >= 1 (warm-up 0.2 to 0.6)"
+    assert recipe.risk_settings(recipe.RewardArguments())["constraint_warmup"] is None
+    with pytest.raises(ValueError, match="constraint_warmup takes two shares"):
+        recipe.risk_settings(recipe.RewardArguments(constraint_warmup=[0.2]))
 
 
 @pytest.mark.slow

@@ -384,6 +384,23 @@ def test_two_ranks_have_one_population(scope, monkeypatch):
     assert ranks[0].state_dict() == ranks[1].state_dict()
 
 
+def test_two_ranks_weigh_their_own_rows(monkeypatch):
+    def reward():
+        return two_attributes("help=mean; harm=cvar:0.3", scope="population", constraints=["harm=mean >= 5"])
+
+    weights = [[1.0, 0.0], [0.0, 2.0], [0.5, 0.5], [3.0, 1.0]]
+    expected = reward()(PROMPTS, COMPLETIONS, attribute_weights=weights)
+    sent = []
+    monkeypatch.setattr("rlhf.reward_function.gather_objects", lambda own, _: sent.append(own) or [own])
+    for rows in (slice(0, 1), slice(1, 4)):
+        reward()(PROMPTS[rows], COMPLETIONS[rows], attribute_weights=weights[rows])
+    monkeypatch.setattr("rlhf.reward_function.gather_objects", lambda own, _: sent)
+    place = SimpleNamespace(process_index=1, is_main_process=False)
+    monkeypatch.setattr("rlhf.reward_function.PartialState", lambda: place)
+    second = reward()(PROMPTS[1:], COMPLETIONS[1:], attribute_weights=weights[1:])
+    assert second == pytest.approx(expected[1:], abs=1e-5)
+
+
 def test_failure_of_another_rank_is_told(monkeypatch):
     reward = risk_reward("mean")
     broken = ("OSError: disk", {}, [1], None)
