@@ -1,4 +1,4 @@
-"""Which risk measure makes extremely negative answers rarer, at equal KL and at what price in mean rating.
+"""Which risk measure makes extremely negative answers rarer, at one KL target and at what price in mean rating.
 
     make study-risk        (or, in pieces: python recipes/study_risk.py --arms mean cvar_population --seeds 1)
 
