@@ -15,7 +15,8 @@ generations or reports, with the whole batch in one micro-batch. Ours runs, agai
     default         the critic on the policy's trunk
     lora_bf16       LoRA on bfloat16 weights, which serve policy, reference and critic; reward model in bfloat16
     lora_float32    the same in float32, for processors without bfloat16
-    lengths         ours against ours: completions of 4 to 128 tokens, padded against length-aware micro-batches
+    lengths         ours against ours: completions that end after 4 to 128 tokens, in micro-batches of a quarter of
+                    them, with `length_aware` off (padding is decoded and learnt from) and on
     risk_overhead   ours alone: share of a step that the risk measure takes, in both scopes, with a constraint
 
 Ours clips the gradient norm, the peer does not. Memory is the most that a process ever held resident, loading
@@ -298,6 +299,8 @@ class Bench:
                 aware = {"length_aware": way == "aware"}
                 task = self.our_task(turn == 0, longest, **batches, **aware) | {"lengths": lengths}
                 task["expected_tokens"] = sum(lengths)
+                # The reward model always reads texts of similar length together; both ways gain from it.
+                task["reward_settings"]["batch_size"] = micro
                 runs[way].append(self.run(f"lengths-{way}-{turn}", task))
         check_same_tokens(runs["aware"], runs["padded"], sum(lengths))
         steps, rate = self.options.steps, self.rate("float32")
