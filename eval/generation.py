@@ -86,8 +86,8 @@ def generate_completions(
     """Completions of each prompt, one row each, in the order of the prompts and then of the samples.
 
     A draw depends on the seed, the prompt's id and the sample's number, and on nothing else: not on the batch, on
-    the other prompts or on the number of processes (up to rounding, which can move a draw that falls on the border
-    between two tokens). Two policies that share a seed share their random numbers.
+    the other prompts or on the number of processes but for rounding, which moves the few draws that fall on a border
+    between two tokens (see `rlhf.decoding.generate`). Two policies that share a seed share their random numbers.
 
     Row: prompt_id, sample, prompt, completion, completion_tokens, finished, logprob, base_logprob, kl_k1_sum,
     kl_k3_mean, model, source, seed, decoding, versions, fingerprint. Log-probabilities are sums over the

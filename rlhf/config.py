@@ -123,7 +123,7 @@ class PPOConfig(WithoutSecrets, _BaseConfig):
     length_aware: bool = _setting(
         True,
         "Do no work on padding: decode completions that have ended no further, put those of similar length into one "
-        "micro-batch and cut its padding. Completions and gradient are the same.",
+        "micro-batch and cut its padding. The law of the completions and the gradient are the same.",
     )
     max_skipped_updates: int | None = _setting(
         None,

@@ -55,8 +55,9 @@ def generate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One completion for each prompt, with the KV cache, until all have ended.
 
-    A token depends on its row's prompt and random numbers, not on the other rows (up to rounding, which can move a
-    draw that falls on the border between two tokens).
+    A token depends on its row's prompt and random numbers, not on the other rows, but for rounding: products of other
+    shapes round otherwise, and a draw next to the border between two tokens falls on the other side. With 49,152 tokens
+    and float32 that was seen for 3 and 4 of some 1,000 draws. The law of the completions is the same.
 
     Args:
         policy: causal language model, or a module whose `generate` is that of one.
@@ -65,8 +66,8 @@ def generate(
         config: sampling settings, among them the same stop tokens; without `do_sample` the likeliest token is taken.
         stop_token_ids: tokens that end a completion.
         uniforms: (B, max_new_tokens) float64 numbers in [0, 1), one per token; None: from torch's own generator.
-        drop_ended: take rows that have ended out of the batch; False decodes padding for them, with the same result.
-            Rows stay all the same where the cache or a logits processor (one not in `ROW_WISE`) cannot lose them.
+        drop_ended: take rows that have ended out of the batch; False decodes padding for them. Rows stay all the same
+            where the cache or a logits processor (one not in `ROW_WISE`) cannot lose them.
         synced_ranks: keep stepping until every rank is done (sharded weights take part in each other's forwards).
 
     Returns:
