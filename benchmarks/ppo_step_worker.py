@@ -107,8 +107,8 @@ class EndsAt(LogitsProcessor):
 def end_at(lengths: list[int], stop_token_id: int) -> None:
     """From here on completions of a rollout have these lengths.
 
-    The first rollout, which is not timed, keeps its rows to the end. Other rows in a batch move a few draws of 1,000 by
-    rounding, and the first gradients of two runs are compared on the same completions.
+    The first rollout, which is not timed, keeps its rows to the end. Other rows in a batch move a few draws of 1,000
+    by rounding, and the first gradients of two runs are compared on the same completions.
     """
     generate, ends = ActorCritic.generate, EndsAt(lengths, stop_token_id)
     decoding.ROW_WISE += (EndsAt,)

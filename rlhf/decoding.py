@@ -56,8 +56,8 @@ def generate(
     """One completion for each prompt, with the KV cache, until all have ended.
 
     A token depends on its row's prompt and random numbers, not on the other rows, but for rounding: products of other
-    shapes round otherwise, and a draw next to the border between two tokens falls on the other side. With 49,152 tokens
-    and float32 that was seen for 3 and 4 of some 1,000 draws. The law of the completions is the same.
+    shapes round otherwise, and a draw next to the border between two tokens falls on the other side. With 49,152
+    tokens and float32 that was seen for 3 and 4 of some 1,000 draws. The law of the completions is the same.
 
     Args:
         policy: causal language model, or a module whose `generate` is that of one.
