@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from trl import TrlParser
 
+from rlhf.leaving import end_of_rank
 from rlhf.nonfinite import NonFiniteError
 from rlhf.operator_builds import check_builds
 from rlhf.reward_calls import RewardError
@@ -153,7 +154,7 @@ def one_line_errors() -> Iterator[None]:
 
 def run(main: Callable[..., None], groups: Sequence[type] | type, description: str | None, *flags: str) -> None:
     """What a recipe does when it is started: settings, then `main` with one argument per group."""
-    with one_line_errors():
+    with end_of_rank(), one_line_errors():
         check_builds()
         main(*RecipeParser(groups, description=description).parse_args_and_config(list(flags) or None))
 

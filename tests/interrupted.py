@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tiny import tiny_qrm, tiny_tokenizer, tiny_trainer
 from transformers import TrainerCallback
 
+from rlhf.leaving import end_of_rank
 from rlhf.reward_function import RiskReward
 
 SETTINGS = {
@@ -119,5 +120,5 @@ if __name__ == "__main__":
     settings |= settings.pop("by_rank", {}).get(rank, {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
-    with (folder / f"events_{rank}").open("ab", buffering=0) as events:
+    with end_of_rank(), (folder / f"events_{rank}").open("ab", buffering=0) as events:
         train(lambda: events.write(b"."), str(folder), **settings)

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from reward.distribution import RewardDistribution
 from reward.sources import DistributionSource
+from rlhf.leaving import end_of_rank
 from rlhf.nonfinite import NonFiniteError
 from rlhf.reward_calls import RewardError
 from rlhf.reward_function import RiskReward
@@ -185,4 +186,5 @@ def main(output: Path, given: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    with end_of_rank():
+        main(Path(sys.argv[1]), sys.argv[2:])

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import logged, tiny_llama, tiny_prompts, tiny_qrm, tiny_tokenizer, tiny_trainer
 
+from rlhf.leaving import end_of_rank
 from rlhf.preflight import actual_launch, check_mode
 from rlhf.reward_function import RiskReward
 from rlhf.trainer import PPOTrainer
@@ -120,13 +121,14 @@ def allow_fsdp_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    folder, given = Path(sys.argv[1]), sys.argv[2:]
-    if "--fsdp_on_cpu" in given:
-        given.remove("--fsdp_on_cpu")
-        allow_fsdp_on_cpu()
-    if given[:1] == ["--several"]:
-        several(folder, json.loads(Path(given[1]).read_text()))
-    else:
-        pairs = dict(pair.split("=", 1) for pair in given)
-        run(folder, folder.parent / "policy", {name: json.loads(value) for name, value in pairs.items()})
-    PartialState().destroy_process_group()
+    with end_of_rank():
+        folder, given = Path(sys.argv[1]), sys.argv[2:]
+        if "--fsdp_on_cpu" in given:
+            given.remove("--fsdp_on_cpu")
+            allow_fsdp_on_cpu()
+        if given[:1] == ["--several"]:
+            several(folder, json.loads(Path(given[1]).read_text()))
+        else:
+            pairs = dict(pair.split("=", 1) for pair in given)
+            run(folder, folder.parent / "policy", {name: json.loads(value) for name, value in pairs.items()})
+        PartialState().destroy_process_group()
