@@ -204,18 +204,7 @@ class DualAscent:
         return total, size
 
     def size_beside(self, objective: Tensor, size: float) -> float:
-        """How much larger the Lagrangian is than the objective alone, 1 + Σ λᵢ sᵢ/s₀.
-
-        Args:
-            objective: (N,) u₀.
-            size: Σ λᵢ sᵢ, of all constraints that are added to it.
-        """
-        return 1.0 + size / (self._scale(0) or _spread(objective) or 1.0)
-
-    def utility(
-        self, objective: Tensor, laws: RewardDistribution, population: RewardDistribution, ramp: float = 1.0
-    ) -> Tensor:
-        """(u₀ + Σ λᵢ uᵢ) / (1 + Σ λᵢ sᵢ/s₀), what each answer adds to the Lagrangian.
+        """How much larger the Lagrangian is than the objective alone, 1 + Σ λᵢ sᵢ/s₀. Utilities are divided by it.
 
         s₀ and sᵢ are standard deviations over answers, of the objective and of the constraints. The division changes
         no optimum and keeps the size of the reward beside the KL penalty: without it, multipliers that grow drown the
@@ -223,10 +212,9 @@ class DualAscent:
 
         Args:
             objective: (N,) u₀.
-            laws, population, ramp: as for `pull`.
+            size: Σ λᵢ sᵢ, of all constraints that are added to it.
         """
-        pull, size = self.pull(laws, population, ramp)
-        return (objective + pull) / self.size_beside(objective, size)
+        return 1.0 + size / (self._scale(0) or _spread(objective) or 1.0)
 
     def read(
         self, population: RewardDistribution, laws: RewardDistribution, groups: Tensor | None = None
@@ -238,7 +226,7 @@ class DualAscent:
         """Move every multiplier by what a batch says.
 
         Args:
-            objective: (N,) u₀, whose spread is remembered for `utility`.
+            objective: (N,) u₀, whose spread is remembered for `size_beside`.
             readings: of the same batch, from `read`.
             ramp: share of the multipliers that the policy felt. A multiplier moves by that share of its step: one
                 that nothing follows would only wind up to its bound.

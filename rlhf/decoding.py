@@ -101,8 +101,8 @@ def generate(
 class DecodingLoop:
     """The loop that `generate` of transformers runs in place of its own, after it has prepared inputs and processors.
 
-    Its own loop reads padding for every row until the last one has ended. Where lengths differ that is most of the
-    work: of completions spread evenly up to T tokens, half.
+    Its own loop reads padding for every row until the last one has ended: where lengths are spread evenly up to T
+    tokens, half of what it reads.
 
     Args:
         uniforms: (B, T) numbers in [0, 1).

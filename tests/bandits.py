@@ -153,3 +153,9 @@ def policies(
                 logits -= learning_rate * steep
                 critic -= error
         yield logits.detach().softmax(-1)
+
+
+def lagrangian(dual, objective, laws, population, ramp=1.0):
+    """(n,) what each answer adds to it, put together as `rlhf.objective.learn_together` does."""
+    pull, size = dual.pull(laws, population, ramp)
+    return (objective + pull) / dual.size_beside(objective, size)

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import reference_risk
 import torch
-from bandits import Bandit, policies, sampled_population
+from bandits import Bandit, lagrangian, policies, sampled_population
 
 from rlhf.constraints import DualAscent, parse_constraint
 from rlhf.objective import RiskObjective
@@ -46,7 +46,7 @@ def climb(arms, specs, seed, steps, start, step_size):
 
     def worth_of(laws, drawn):
         population = sampled_population(laws, drawn.bincount(minlength=len(laws)))
-        worth = dual.utility(laws.mean(), laws, population)
+        worth = lagrangian(dual, laws.mean(), laws, population)
         last[:] = dual.read(population, laws[drawn])
         dual.step(laws.mean()[drawn], last)
         multipliers.append(dual.multipliers)
@@ -178,7 +178,7 @@ def test_a_policy_beyond_the_edge_of_the_tail_is_not_led_back():
     gaps = []
     for bold in (160, 180):
         population = sampled_population(laws, torch.tensor([bold, 200 - bold]))
-        utility = dual.utility(laws.mean(), laws, population)
+        utility = lagrangian(dual, laws.mean(), laws, population)
         gaps.append((utility[0] - utility[1]).item())
         assert constraint.measure(population).item() < -1.2
     # Spreads of two answers are half their distance: 1.9 and 3.6, and none of the tail beyond the edge.
