@@ -40,7 +40,7 @@ def first_order_gain(
     Raises:
         ValueError: Other shapes, a number that is not finite, one completion per prompt.
     """
-    utilities, outcomes = _checked(utilities, outcomes)
+    utilities, outcomes = checked_table(utilities, outcomes)
     if utilities.shape[1] < 2:
         raise ValueError("what varies within a prompt takes at least two completions of it")
     ours, theirs = (values - values.mean(1, keepdims=True) for values in (utilities, outcomes))
@@ -49,7 +49,7 @@ def first_order_gain(
     # E Cov and E Var are both over the drawn prompts, whose number cancels but for one root.
     mean_covariance, mean_variance = (draws @ values / draws.sum(1) for values in (covariance, variance))
     gains = np.sqrt(2) * mean_covariance / np.sqrt(np.where(mean_variance > 0, mean_variance, np.nan))
-    return _estimate(gains, utilities.shape, level)
+    return interval_of(gains, utilities.shape, level)
 
 
 def selected_change(
@@ -73,13 +73,14 @@ def selected_change(
     Raises:
         ValueError: Other shapes, or a number that is not finite.
     """
-    outcomes, _ = _checked(outcomes, outcomes)
+    outcomes, _ = checked_table(outcomes, outcomes)
     rows = np.arange(len(outcomes))
     ours, theirs = (draws @ outcomes[rows, picked] for picked in (chosen, reference))
-    return _estimate(relative_draws(ours, theirs), outcomes.shape, level)
+    return interval_of(relative_draws(ours, theirs), outcomes.shape, level)
 
 
-def _estimate(found: np.ndarray, shape: tuple[int, int], level: float) -> Estimate | None:
+def interval_of(found: np.ndarray, shape: tuple[int, int], level: float) -> Estimate | None:
+    """A value and its draws (1 + R,), the value first; None where it is NaN. Draws that are NaN open both ends."""
     check_level(level)
     if np.isnan(found[0]):
         return None
@@ -87,7 +88,12 @@ def _estimate(found: np.ndarray, shape: tuple[int, int], level: float) -> Estima
     return Estimate(float(found[0]), low, high, level, n=shape[0] * shape[1], prompts=shape[0], method="percentile")
 
 
-def _checked(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked_table(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two tables (P, n) of finite numbers, as float64.
+
+    Raises:
+        ValueError: Other shapes, or a number that is not finite.
+    """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.ndim != 2 or first.shape != second.shape or 0 in first.shape:
         raise ValueError(f"n numbers for each of P prompts are wanted, got shapes {first.shape} and {second.shape}")

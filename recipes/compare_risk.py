@@ -14,6 +14,12 @@ the law of all of them; the judge, another model, says what came of it:
     best of n           that share, and the mean rating, of the completions with the highest utility, against those
                         with the highest mean: relative changes
 
+and, for each --kl, how far the best policy at that KL would go: the completions weighed anew by their utility
+(eval/tilt.py), its mean rating, its share of readings at or below --rating_threshold and its share of completions at
+or below the --reference_quantile of all of them, against the policy that follows the mean as far:
+
+    --kl 0.5 1 2        takes many completions per prompt: n of them show at most log n nats
+
 with 95 % bootstrap intervals over prompts. A second table follows the judge's own laws in place of the reward model's:
 what a reward model without any error could gain by each measure, by this judge, from these completions: how much the
 errors of the reward model cost. Training adds its own noise to both, and what it learns about prompts that it has not
@@ -35,6 +41,7 @@ from eval.judges import judge_completions, parse_judge
 from eval.laws import candidate_laws
 from eval.records import Row, write_text
 from eval.signal import first_order_gain, prompt_draws, selected_change
+from eval.tilt import population_tilt, tilt, tilted_change
 from reward.distribution import RewardDistribution
 from rlhf.command_line import run
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
@@ -62,6 +69,12 @@ class CompareArguments:
         metadata={"help": "Risk measures; population:SPEC for population scope. The mean is always among them."},
     )
     rating_threshold: float = field(default=-2.0, metadata={"help": "A reading at or below it is extremely negative."})
+    kl: list[float] = field(
+        default_factory=list, metadata={"help": "KLs to the base, nats per completion, at which to compare measures."}
+    )
+    reference_quantile: float = field(
+        default=0.05, metadata={"help": "Completions this low among all are extremely negative (for --kl)."}
+    )
     output_dir: str = field(default=None, metadata={"help": "Folder to write to (required)."})
     n: int | None = field(default=None, metadata={"help": "Completions per prompt. Unset: all that there are."})
     confidence: float = field(default=0.95, metadata={"help": "Level of the intervals."})
@@ -96,11 +109,19 @@ def main(args: CompareArguments) -> None:
     judgement = judge_completions(judge, rows, path=Path(args.output_dir, "scores.jsonl"), name="all")
     masses = judgement.tail_mass(args.rating_threshold)
     shape = laws.batch_shape
-    outcomes = {"mean": judgement.scores.reshape(shape), "tail": masses.reshape(shape)}
+    scores = judgement.scores.reshape(shape)
+    threshold = float(np.quantile(scores, args.reference_quantile))
+    outcomes = {"mean": scores, "tail": masses.reshape(shape)}
     if state.is_main_process:
         table = compare(measures, laws, outcomes, args)
         judged = RewardDistribution(judgement.distribution.levels, judgement.distribution.values.reshape(*shape, -1))
         ceiling = compare(measures, judged, outcomes, args)
+        with_rate = outcomes | {"rate": (scores <= threshold).astype(np.float64)}
+        tilts = [
+            {"laws": name, **row}
+            for name, of in (("reward model", laws), ("judge", judged))
+            for row in compare_tilts(measures, of, with_rate, args)
+        ]
         result: Row = {
             "completions": args.completions,
             "reward_model": args.reward_model,
@@ -111,12 +132,15 @@ def main(args: CompareArguments) -> None:
             "level": args.confidence,
             "measures": table,
             "measures_by_the_judges_laws": ceiling,
+            "reference_quantile": args.reference_quantile,
+            "threshold": threshold,
+            "tilts": tilts,
         }
         path = Path(args.output_dir, "compare_risk.json")
         write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-        print(
-            f"{printed(table, result)}\n\nby the judge's own laws\n\n{printed(ceiling, result)}\n\n{path}", flush=True
-        )
+        parts = [printed(table, result), "by the judge's own laws", printed(ceiling, result)]
+        parts += [printed_tilts(tilts)] if tilts else []
+        print("\n\n".join([*parts, str(path)]), flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()
 
@@ -131,6 +155,10 @@ def check_arguments(args: CompareArguments) -> dict[str, tuple[str, RiskMeasure]
     if args.batch_size < 1 or args.resamples < 1:
         raise ValueError("--batch_size and --resamples must be at least 1.")
     check_level(args.confidence)
+    if not all(0 < kl < math.inf for kl in args.kl):
+        raise ValueError(f"--kl takes distances above 0, in nats per completion, got {args.kl}")
+    if not 0 < args.reference_quantile < 1:
+        raise ValueError(f"--reference_quantile must lie between 0 and 1, got {args.reference_quantile}")
     measures = {"mean": ("response", parse_risk("mean"))}
     for name in args.risks:
         scope = "population" if name.startswith(POPULATION) else "response"
@@ -172,6 +200,54 @@ def compare(
             }
         )
     return rows
+
+
+def compare_tilts(
+    measures: dict[str, tuple[str, RiskMeasure]],
+    laws: RewardDistribution,
+    outcomes: dict[str, np.ndarray],
+    args: CompareArguments,
+) -> list[Row]:
+    """One row per KL and measure: what the best policy at that KL would do, and how that differs from the mean's."""
+    laws, rows = laws.to(torch.float64), []
+    draws = prompt_draws(laws.batch_shape[0], args.resamples, args.seed)
+    for kl in args.kl:
+        by_mean = None
+        for name, (scope, measure) in measures.items():
+            try:
+                weights = tilt(measure(laws).numpy(), kl) if scope == "response" else population_tilt(measure, laws, kl)
+            except ValueError as error:
+                rows.append({"kl": kl, "measure": name, "refused": str(error)})
+                continue
+            by_mean = weights if name == "mean" else by_mean
+            change = {}
+            if by_mean is not None:
+                change = {
+                    key: _plain(tilted_change(values, weights, by_mean, draws, level=args.confidence))
+                    for key, values in outcomes.items()
+                }
+            reached = {key: float((weights * values).sum(1).mean()) for key, values in outcomes.items()}
+            rows.append({"kl": kl, "measure": name, "outcomes": reached, "change": change})
+    return rows
+
+
+def printed_tilts(rows: list[Row]) -> str:
+    """The rows as tables, one per KL and maker of laws."""
+    width, lines, last = max(len(row["measure"]) for row in rows), [], None
+    keys = {"mean": "mean rating", "tail": "readings in the tail", "rate": "extremely negative"}
+    for row in rows:
+        if (row["laws"], row["kl"]) != last:
+            last = row["laws"], row["kl"]
+            lines += ["", f"best policies at {row['kl']:g} nats by the laws of the {row['laws']}, against the mean's"]
+            lines.append(f"{'':{width}}  " + "  ".join(f"{title:>24}" for title in keys.values()))
+        if "refused" in row:
+            cells = [row["refused"]]
+        elif row["measure"] == "mean":
+            cells = [f"{row['outcomes']['mean']:+.3f}", *(f"{row['outcomes'][key]:.2%}" for key in ("tail", "rate"))]
+        else:
+            cells = [_cell(row["change"].get(key), 100, "+.0f", " %") for key in keys]
+        lines.append(f"{row['measure']:{width}}  " + "  ".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines[1:])
 
 
 def printed(table: list[Row], result: Row) -> str:

@@ -90,8 +90,10 @@ def mixture(
     return RewardDistribution(dense_levels(num_levels), values.reshape(*shape, num_levels).to(dtype))
 
 
-def pooled_law(laws: RewardDistribution, levels: int | Tensor = DENSE_LEVELS) -> RewardDistribution:
-    """The equal mixture of many laws on the same levels, as `mixture` gives it, in one sort of all their values.
+def pooled_law(
+    laws: RewardDistribution, levels: int | Tensor = DENSE_LEVELS, weights: Tensor | None = None
+) -> RewardDistribution:
+    """The mixture of many laws on the same levels, as `mixture` gives it, in one sort of all their values.
 
     A law of K levels is an atom at each end and K − 1 pieces of even mass between. The mixed density is a step
     function, whose steps are the pieces' ends; its running sum over the sorted values is the mixed cdf. That costs
@@ -102,21 +104,30 @@ def pooled_law(laws: RewardDistribution, levels: int | Tensor = DENSE_LEVELS) ->
         laws: batch shape (N,), finite.
         levels: of the result, or the number of `dense_levels`. Each value is the mean of the quantile function between
             the midpoints to the neighbouring levels, so that the mean of the law is exact for any levels.
+        weights: (N,) of each law; None: all alike.
 
     Returns:
         Batch shape (). A piece narrower than 1e-7 of the range of all values counts as an atom, because the density
         of a narrower one would cost the running sum its digits.
+
+    Raises:
+        ValueError: negative weights, or weights that do not sum to one.
     """
     values, own = laws.values.double(), laws.levels.double()
-    shares = torch.cat([own.new_zeros(1), own, own.new_ones(1)]).diff() / len(laws)  # lower atom, pieces, upper atom
+    shares = torch.cat([own.new_zeros(1), own, own.new_ones(1)]).diff()  # lower atom, pieces, upper atom
+    if weights is None:
+        shares = shares.expand(len(laws), -1) / len(laws)
+    else:
+        check_weights(weights, len(laws))
+        shares = (weights / weights.sum()).to(shares).unsqueeze(-1) * shares
     width = values.diff(dim=-1)
     wide = width > 1e-7 * (values.max() - values.min())
-    inner = shares[1:-1].expand_as(width)
+    inner = shares[:, 1:-1]
     density = torch.where(wide, inner / torch.where(wide, width, 1.0), 0.0)
     atoms, steps = torch.zeros_like(values), torch.zeros_like(values)
     # One after the other: the only value of a law with one level holds both ends.
-    atoms[:, 0] += shares[0]
-    atoms[:, -1] += shares[-1]
+    atoms[:, 0] += shares[:, 0]
+    atoms[:, -1] += shares[:, -1]
     atoms[:, :-1] += torch.where(wide, 0.0, inner)
     steps[:, :-1] += density
     steps[:, 1:] -= density

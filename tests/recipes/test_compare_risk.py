@@ -10,6 +10,7 @@ from tiny import candidate_rows, tiny_qrm, tiny_tokenizer
 
 from eval.records import write_jsonl
 from eval.signal import first_order_gain, prompt_draws
+from eval.tilt import tilt, tilted_change
 from reward.distribution import RewardDistribution
 from rlhf.command_line import RecipeParser
 from rlhf.influence import expected_influence, population_law, statistics
@@ -99,6 +100,28 @@ def test_no_reward_model_follows_the_judge_better_than_the_judge_itself(folder, 
     assert mean["slope_of_mean"]["value"] > by_reward[0]["slope_of_mean"]["value"]
 
 
+def test_best_policies_at_a_kl(folder, tmp_path, capsys):
+    run(folder, tmp_path, kl=[0.3, 2.0], risks=["cvar:0.2", "population:cvar:0.5"])
+    result = json.loads((tmp_path / "compare_risk.json").read_text())
+    near = [row for row in result["tilts"] if row["kl"] == 0.3]
+    assert [(row["laws"], row["measure"]) for row in near] == [
+        (laws, name) for laws in ("reward model", "judge") for name in ("mean", "cvar:0.2", "population:cvar:0.5")
+    ]
+    laws, scores = laws_of(folder, "reward"), laws_of(folder, "judge").mean().numpy().reshape(8, 3)
+    by_mean, by_tail = (tilt(parse_risk(spec)(laws).numpy().reshape(8, 3), 0.3) for spec in ("mean", "cvar:0.2"))
+    assert near[0]["outcomes"]["mean"] == pytest.approx((by_mean * scores).sum(1).mean(), rel=1e-4)
+    assert near[0]["change"]["tail"]["value"] == 0
+    low = (scores <= np.quantile(scores, 0.05)).astype(float)
+    assert result["threshold"] == pytest.approx(np.quantile(scores, 0.05), rel=1e-4)
+    expected = tilted_change(low, by_tail, by_mean, prompt_draws(8, 200))
+    assert near[1]["change"]["rate"]["value"] == pytest.approx(expected.value, rel=1e-3)
+    # Three completions show 1.1 nats at most, and say so; the rest of the table is made all the same.
+    assert all("up to a KL of" in row["refused"] for row in result["tilts"] if row["kl"] == 2.0)
+    printed = capsys.readouterr().out
+    assert "best policies at 0.3 nats by the laws of the judge" in printed
+    assert "generate more per prompt" in printed
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,6 +131,8 @@ def test_no_reward_model_follows_the_judge_better_than_the_judge_itself(folder, 
         ({"risks": ["cvar:2"]}, "cvar"),
         ({"resamples": 0}, "at least 1"),
         ({"confidence": 1.5}, "level"),
+        ({"kl": [0.5, 0.0]}, "distances above 0"),
+        ({"reference_quantile": 1.0}, "between 0 and 1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folder, tmp_path, changes, message):

@@ -339,3 +339,18 @@ def test_pooling_equals_the_mixture_of_one_law_at_a_time(kind):
     # Pieces of a billionth of the range are taken as atoms, whose place is off by no more than their width.
     torch.testing.assert_close(pooled.values, one_by_one.values, atol=1e-7 if kind == "narrow" else 1e-11, rtol=0)
     assert pooled.mean().item() == pytest.approx(laws.mean().mean().item(), abs=1e-8)
+
+
+def test_weighted_laws_are_pooled_as_they_are_mixed():
+    generator = torch.Generator().manual_seed(8)
+    levels = torch.tensor([0.05, 0.3, 0.55, 0.9])
+    laws = RewardDistribution(levels.double(), torch.randn(6, 4, generator=generator).double().sort(dim=-1).values)
+    weights = torch.tensor([0.5, 0.0, 0.02, 0.2, 0.18, 0.1], dtype=torch.float64)
+    pooled, mixed = pooled_law(laws, 50, weights), mixture([laws[i] for i in range(6)], weights, 50)
+    torch.testing.assert_close(pooled.values, mixed.values, atol=1e-11, rtol=0)
+    alike = pooled_law(laws, 50, torch.full((6,), 1 / 6))
+    torch.testing.assert_close(alike.values, pooled_law(laws, 50).values, atol=1e-7, rtol=0)
+    with pytest.raises(ValueError, match="sum to one"):
+        pooled_law(laws, 50, 2 * weights)
+    with pytest.raises(ValueError, match="one weight for each"):
+        pooled_law(laws, 50, weights[:3])
