@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.judges import Judge
 from eval.records import Row, fingerprint, read_jsonl, row_key
-from eval.selection import Selection, best_of_n_kl
+from eval.selection import Selection
 from reward.source_specs import read_source_spec
 from reward.tables import is_messages
 
@@ -122,19 +122,20 @@ def selected_rows(groups: Sequence[Sequence[Row]], selection: Selection, name: s
 
         model          the new name
         selection      the settings, n, its utility, and the tokens of all n candidates
-        kl_k1_sum      plus log n − (n − 1)/n: with π the policy that drew,
-                       KL(best of n‖base) = KL(best of n‖π) + E log π/base under best of n
-                                          ≤ log n − (n − 1)/n + mean of the selected kl_k1_sum
+        kl_k1_sum      plus the bound of the selection: with π the policy that drew and σ the one that selects,
+                       KL(σ‖base) = KL(σ‖π) + E log π/base under σ
+                                  ≤ bound + mean of the selected kl_k1_sum
+                       where the bound is log n − (n − 1)/n for best of n
         kl_k3_mean     that bound per token, because k3 estimates a KL under draws of π alone
 
     Args:
         groups: n rows for each of P prompts.
         selection: Among them.
-        name: Of the policy "draw n, take the best".
+        name: Of the policy "draw n, take one".
         settings: What it was selected by; it must hold `models`, see `models_of`.
     """
     rows = []
-    bound = best_of_n_kl(len(groups[0]))
+    bound = selection.kl_bound()
     identity = fingerprint(
         [settings, name, [[row.get("fingerprint"), row_key(row)] for group in groups for row in group]]
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from eval.tilt import tilt_by
 from reward.distribution import RewardDistribution
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
 from rlhf.measures import RiskMeasure
@@ -29,6 +30,7 @@ class Selection:
         value: ρ of all ratings of the selected answers together, whatever the scope.
         rounds: Times that answers were chosen anew; 0 in response scope.
         settled: Whether the last round of every climb changed nothing. Always true in response scope.
+        kl: Upper bound on how far the selection moves a policy, nats per completion; None: that of best of n.
     """
 
     chosen: Tensor
@@ -36,6 +38,16 @@ class Selection:
     value: float
     rounds: int = 0
     settled: bool = True
+    kl: float | None = None
+
+    def kl_bound(self) -> float:
+        """Upper bound on KL(selection ‖ policy that drew), nats per completion."""
+        return best_of_n_kl(self.chosen_from) if self.kl is None else self.kl
+
+    @property
+    def chosen_from(self) -> int:
+        """n."""
+        return self.utilities.shape[1]
 
 
 def select_best(
@@ -105,6 +117,42 @@ def select_best(
     found = max(climbs, key=lambda climb: climb.value)
     rounds = sum(climb.rounds for climb in climbs)
     return replace(found, rounds=rounds, settled=all(climb.settled for climb in climbs))
+
+
+def select_within(
+    laws: RewardDistribution, measure: RiskMeasure, kl: float, scope: str = "response", *, seed: int = 0
+) -> Selection:
+    """One of n answers to each prompt, drawn by the best weights within a KL of the policy that drew them.
+
+        i ~ w(· | x),    w maximising the mean utility at E_x Σ_i w log(n w) = κ        (`eval.tilt`)
+
+    Best of n goes equally far for every prompt. This goes far where it pays: in population scope for prompts whose
+    answers are the tail.
+
+    Args:
+        laws: batch shape (P, n).
+        measure: ρ.
+        kl: κ, nats per completion, below log n.
+        scope: "response" or "population".
+        seed: of the draws.
+
+    Raises:
+        ValueError: another batch shape or scope, a utility that is not finite, or a KL that n answers cannot show.
+        RiskSpecError: a user-defined function in population scope.
+    """
+    if len(laws.batch_shape) != 2 or 0 in laws.batch_shape:
+        raise ValueError(
+            f"n answers to each of P prompts have laws of batch shape (P, n), got {tuple(laws.batch_shape)}"
+        )
+    if scope == "population":
+        check_population_scope(measure)
+    laws = laws.detach().to(torch.float64)
+    weights, utilities = (torch.from_numpy(table) for table in tilt_by(measure, scope, laws, kl))
+    borders = weights.cumsum(dim=-1)
+    draws = torch.rand(len(weights), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    chosen = (borders <= draws * borders[:, -1:]).sum(dim=-1)
+    value = float(measure(_population(laws, chosen, None)))
+    return Selection(chosen, utilities, value, kl=kl)
 
 
 def best_of_n_kl(n: int) -> float:

@@ -2,10 +2,11 @@
 
 Completions of the base policy with their utilities by a reward model in, the weights of the policy that gains most
 utility at that KL out. Nothing is trained, so neither the noise of gradients nor what a network cannot express is in
-the numbers; what the reward model gets wrong is. It is the way `eval.signal` looks at the first step, taken to its end.
+the numbers; what the reward model gets wrong is. `eval.signal` is about the first step of the same way.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +20,46 @@ from rlhf.influence import expected_influence, statistics
 from rlhf.measures import RiskMeasure
 
 
+class Tilt(NamedTuple):
+    """A policy over n completions of each of P prompts.
+
+    Attributes:
+        weights: (P, n), summing to one for each prompt.
+        utilities: (P, n) that they follow.
+    """
+
+    weights: np.ndarray
+    utilities: np.ndarray
+
+
+def tilt_by(measure: RiskMeasure, scope: str, laws: RewardDistribution, kl: float) -> Tilt:
+    """The best policy within a KL of the base for a measure in either scope: `tilt` or `population_tilt`.
+
+    Args:
+        measure: ρ.
+        scope: "response" or "population".
+        laws: By the reward model, batch shape (P, n).
+        kl: κ, nats per completion.
+
+    Raises:
+        ValueError: See `tilt`; another scope.
+    """
+    if scope == "population":
+        return population_tilt(measure, laws, kl)
+    if scope != "response":
+        raise ValueError(f"the scope of a risk measure is 'response' or 'population', got {scope!r}")
+    utilities = measure(laws.to(torch.float64)).numpy()
+    return Tilt(tilt(utilities, kl), utilities)
+
+
 def tilt(utilities: np.ndarray, kl: float) -> np.ndarray:
     """Weights of the policy with the highest mean utility within a KL of the base, over the base's own completions.
 
         w(y | x) ∝ exp(η u(x, y)),    η such that E_x Σ_y w log(n w) = κ
 
-    Drawing one of the n completions by w is a policy in its own right, and its KL to the base is at most κ: mixing over
-    which n were drawn only brings it nearer (convexity of the KL). One η serves all prompts, as one KL coefficient
-    does in training.
+    Drawing one of the n completions by w is a policy in its own right, and its KL to the base is at most κ: mixing
+    over which n were drawn only brings it nearer (convexity of the KL). One η serves all prompts, as one KL
+    coefficient does in training.
 
     Args:
         utilities: (P, n) of n completions to each of P prompts.
@@ -47,8 +80,8 @@ def tilt(utilities: np.ndarray, kl: float) -> np.ndarray:
     most = float(np.log(n / (utilities == best).sum(axis=1)).mean())
     if kl >= most:
         raise ValueError(
-            f"{n} completions per prompt show policies up to a KL of {most:.2f} nats under this utility, and {kl:g} is "
-            "asked for; generate more per prompt"
+            f"{n} completions per prompt show policies up to a KL of {most:.2f} nats under this utility, and {kl:g} "
+            "is asked for; generate more per prompt"
         )
     below = utilities - best
     below /= np.abs(below).max()
@@ -73,7 +106,7 @@ def population_tilt(
     steps: int = 200,
     tolerance: float = 1e-4,
     told: Callable[[str], None] = print,
-) -> np.ndarray:
+) -> Tilt:
     """The same for a measure of all readings together: utilities are its expected influences at the law it leads to.
 
         w = tilt(u(·; F_w), κ),    F_w = (1/P) Σ_x Σ_y w(y | x) F_xy
@@ -89,9 +122,6 @@ def population_tilt(
         tolerance: Total variation between two steps, averaged over prompts, at which it has arrived.
         told: Hears of a fixed point that was not reached.
 
-    Returns:
-        (P, n) weights.
-
     Raises:
         ValueError: See `tilt`.
     """
@@ -102,13 +132,14 @@ def population_tilt(
     for _ in range(steps):
         shares = torch.from_numpy(weights.ravel() / prompts)
         found = statistics(measure, pooled_law(flat, tail_levels(), shares))
-        target = tilt(expected_influence(measure, laws, found).numpy(), kl)
+        utilities = expected_influence(measure, laws, found).numpy()
+        target = tilt(utilities, kl)
         moved = float(np.abs(target - weights).sum(axis=1).mean() / 2)
         if moved < tolerance:
-            return target
+            return Tilt(target, utilities)
         weights = (weights + target) / 2
     told(f"{measure.spec} at {kl:g} nats: no fixed point within {steps} steps, still {moved:.2g} away")
-    return target
+    return Tilt(target, utilities)
 
 
 def tilted_change(

@@ -1,4 +1,4 @@
-"""Take the best of n completions of each prompt by a risk measure of their predicted ratings: no training at all.
+"""Take one of n completions of each prompt by a risk measure of their predicted ratings: no training at all.
 
     python recipes/best_of_n.py --completions runs/evaluation/completions/base.jsonl \\
         --reward_model runs/quickstart/qrm --risk cvar:0.1 --risk_scope population --n 4 --output best_of_4.jsonl
@@ -8,9 +8,13 @@ another model than the one that selected them, beside any policies:
 
     ... recipes/evaluate.py --config ... --completions best_of_4=best_of_4.jsonl
 
+With --kl 2 it is not the best that is taken: one is drawn by the weights of the best policy within 2 nats of the one
+that drew them, which goes far where it pays (eval/tilt.py). That takes many completions: n show at most log n nats.
+
 Prints what the reward model thinks of its own choice, which is no measurement.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from accelerate import PartialState
 from eval.completions import candidates, models_of, read_completions, selected_rows
 from eval.laws import candidate_laws
 from eval.records import Row, write_jsonl
-from eval.selection import MAX_ROUNDS, SCOPES, Selection, best_of_n_kl, select_best
+from eval.selection import MAX_ROUNDS, SCOPES, Selection, select_best, select_within
 from reward.distribution import RewardDistribution
 from rlhf.command_line import run
 from rlhf.influence import check_population_scope, population_law
@@ -54,6 +58,11 @@ class SelectionArguments:
     n: int | None = field(
         default=None, metadata={"help": "Completions per prompt to select from. Unset: all that there are."}
     )
+    kl: float | None = field(
+        default=None,
+        metadata={"help": "Draw by the best weights at this KL, nats per completion. Unset: take the best."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the draws of --kl."})
     output: str = field(default=None, metadata={"help": "JSONL to write, one completion per prompt (required)."})
     name: str | None = field(default=None, metadata={"help": "What tables call it. Unset: the file's name."})
     max_rounds: int = field(default=MAX_ROUNDS, metadata={"help": "Most rounds of a climb in population scope."})
@@ -72,7 +81,10 @@ def main(args: SelectionArguments) -> None:
         state = PartialState(cpu=True) if args.use_cpu else PartialState()
         check_launch(args)
         laws = candidate_laws(reward_of(args), groups)
-        selection = select_best(laws, measure, args.risk_scope, max_rounds=args.max_rounds)
+        if args.kl is None:
+            selection = select_best(laws, measure, args.risk_scope, max_rounds=args.max_rounds)
+        else:
+            selection = select_within(laws, measure, args.kl, args.risk_scope, seed=args.seed)
     except (ValueError, OSError) as error:
         # Everything here is about the input, and the message says all.
         raise SystemExit(f"error: {error}") from None
@@ -84,6 +96,8 @@ def main(args: SelectionArguments) -> None:
             "models": models_of(args.reward_model),
             "from": args.completions,
         }
+        if args.kl is not None:
+            settings |= {"kl": args.kl, "seed": args.seed}
         rows = selected_rows(groups, selection, args.name or Path(args.output).stem, settings)
         write_jsonl(args.output, rows)
         print(f"{selection_table(measure, laws, groups, selection)}\n\n{args.output}", flush=True)
@@ -100,6 +114,8 @@ def check_arguments(args: SelectionArguments) -> RiskMeasure:
         raise ValueError(f"--output is another .jsonl file than --completions, got {args.output!r}.")
     if args.risk_scope not in SCOPES:
         raise ValueError(f"--risk_scope is {' or '.join(SCOPES)}, got {args.risk_scope!r}.")
+    if args.kl is not None and not 0 < args.kl < math.inf:
+        raise ValueError(f"--kl is a distance above 0, in nats per completion, got {args.kl}")
     if args.batch_size < 1 or args.max_rounds < 1:
         raise ValueError("--batch_size and --max_rounds must be at least 1.")
     measure = parse_risk(args.risk)
@@ -127,8 +143,9 @@ def selection_table(
     """All ratings of the first completions and of the selected ones, as the reward model predicts them."""
     first = torch.zeros_like(selection.chosen)
     width = max(len(measure.spec), 9)
+    selected = f"the best of {len(groups[0])}" if selection.kl is None else f"one of {len(groups[0])}"
     lines = [f"{'all ratings together':22}{'mean':>9}  {measure.spec:>{width}}{'tokens':>9}"]
-    for label, chosen in (("the first completion", first), (f"the best of {len(groups[0])}", selection.chosen)):
+    for label, chosen in (("the first completion", first), (selected, selection.chosen)):
         population = population_law(laws[torch.arange(len(groups)), chosen])
         tokens = sum(group[i]["completion_tokens"] for group, i in zip(groups, chosen.tolist(), strict=True))
         values = f"{population.mean().item():+9.2f}  {measure(population).item():+{width}.2f}"
@@ -136,7 +153,7 @@ def selection_table(
     drawn = sum(row["completion_tokens"] for group in groups for row in group) / len(groups)
     lines += [
         f"by the reward model itself; {len(groups)} prompts, {drawn:.1f} tokens drawn for each, at most "
-        f"{best_of_n_kl(len(groups[0])):.2f} nats from what drew them"
+        f"{selection.kl_bound():.2f} nats from what drew them"
     ]
     if not selection.settled:
         lines.append(f"the climb had not settled after {selection.rounds} rounds; the best selection seen was taken")

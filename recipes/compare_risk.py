@@ -41,7 +41,7 @@ from eval.judges import judge_completions, parse_judge
 from eval.laws import candidate_laws
 from eval.records import Row, write_text
 from eval.signal import first_order_gain, prompt_draws, selected_change
-from eval.tilt import population_tilt, tilt, tilted_change
+from eval.tilt import tilt_by, tilted_change
 from reward.distribution import RewardDistribution
 from rlhf.command_line import run
 from rlhf.influence import check_population_scope, expected_influence, population_law, statistics
@@ -215,7 +215,7 @@ def compare_tilts(
         by_mean = None
         for name, (scope, measure) in measures.items():
             try:
-                weights = tilt(measure(laws).numpy(), kl) if scope == "response" else population_tilt(measure, laws, kl)
+                weights = tilt_by(measure, scope, laws, kl).weights
             except ValueError as error:
                 rows.append({"kl": kl, "measure": name, "refused": str(error)})
                 continue

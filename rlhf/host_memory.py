@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,17 +67,25 @@ def trim_heap() -> None:
         system.malloc_trim(ctypes.c_size_t(0))
 
 
-def trim_during_backward(module: torch.nn.Module, every: int = 2**26) -> None:
+def trim_during_backward(
+    module: torch.nn.Module, every: int = 2**26, *, wanted: Callable[[], bool] = lambda: True
+) -> None:
     """Trim the heap whenever the backward pass has made another `every` bytes of gradients.
 
     Adapters, whose gradients are small, are left alone: what they could give back is not worth the time.
+
+    Args:
+        module: what is trained.
+        every: bytes.
+        wanted: asked each time. A pass that adds to gradients of earlier ones makes no new ones: what its activations
+            free is what the next micro-batch takes, and giving it back in between costs a page fault each.
     """
     made = 0
     for parameter in module.parameters():
         if parameter.requires_grad:
             before, made = made, made + parameter.nbytes
             if made // every > before // every:
-                parameter.register_post_accumulate_grad_hook(lambda _: trim_heap())
+                parameter.register_post_accumulate_grad_hook(lambda _: trim_heap() if wanted() else None)
 
 
 def _drop(mapping: Mapping) -> int:

@@ -142,13 +142,14 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         if not (models.is_zero3(args) or self.is_fsdp_enabled):
             fuse_adapters(self.model)
         if self.accelerator.device.type == "cpu":
-            trim_during_backward(self.model)
+            trim_during_backward(self.model, wanted=lambda: self._makes_gradients)
         self.passes = ForwardPasses(self, models.prepare_reference(reference, self))
         self.reward_functions.prepare(self.accelerator)
         self.generation_config = models.generation_config(args, tokenizer, self.stop_token_ids)
         self.ppo_state = PPOState(kl_coef=args.kl_coef, tail_threshold=args.tail_threshold)
         self._rollout: Rollout | None = None
         self._global_tokens = torch.tensor(1.0)
+        self._makes_gradients = True  # or adds to those of an earlier micro-batch
         self._train_metrics, self._eval_metrics = MetricAverages(), MetricAverages()
         self._eval_scores: list[Tensor] = []
         # Ranks must sample different completions; weights were made before with one seed for all.
@@ -260,7 +261,8 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         epoch, mini_batch = divmod(step, args.num_mini_batches)
         size = args.gradient_accumulation_steps * args.per_device_train_batch_size
         order = self._row_order(epoch)[mini_batch * size : (mini_batch + 1) * size]
-        if micro == 0:
+        self._makes_gradients = micro == 0
+        if self._makes_gradients:
             tokens = token_count(self._rollout.completion_mask[order], all_sum=self._all_sum)
             self.update_guard.begin(tokens)
             self._global_tokens = tokens.clamp(min=1)

@@ -103,7 +103,7 @@ def test_messages_are_answered_by_the_assistant():
 
 
 def picked(groups, *chosen):
-    utilities = torch.tensor([[0.25, 0.5, -1.0]] * len(groups), dtype=torch.float64)
+    utilities = torch.tensor([[0.25, 0.5, -1.0][: len(groups[0])]] * len(groups), dtype=torch.float64)
     return Selection(torch.tensor(chosen), utilities, value=0.0)
 
 

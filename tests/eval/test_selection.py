@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.selection import best_of_n_kl, select_best
+from eval.selection import best_of_n_kl, select_best, select_within
+from eval.tilt import tilt_by
 from reward.distribution import RewardDistribution
 from rlhf.influence import expected_influence, population_law, statistics
 from rlhf.risk import RiskSpecError, parse_risk
@@ -303,3 +304,37 @@ def test_a_function_without_influence_is_refused_in_population_scope():
     measure = parse_risk("python:math:fsum")
     with pytest.raises(RiskSpecError, match="response scope only"):
         select_best(BY_HAND, measure, "population")
+
+
+# --- Within a KL ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["response", "population"])
+def test_answers_are_drawn_by_the_best_weights(scope):
+    """The same four prompts a thousand times over: shares of the answers against the weights, within 5 sigma."""
+    laws, measure = random_laws(5), parse_risk("cvar:0.4")
+    many = RewardDistribution(laws.levels, laws.values.repeat(1000, 1, 1))
+    selection = select_within(many, measure, 0.3, scope, seed=1)
+    weights = tilt_by(measure, scope, laws, 0.3).weights
+    shares = torch.nn.functional.one_hot(selection.chosen.reshape(1000, 4), 3).double().mean(0).numpy()
+    assert np.abs(shares - weights).max() < 5 * 0.5 / np.sqrt(1000)
+    assert np.abs(weights - 1 / 3).max() > 0.2
+    assert selection.kl_bound() == 0.3
+    again = select_within(many, measure, 0.3, scope, seed=1)
+    assert torch.equal(again.chosen, selection.chosen)
+    assert not torch.equal(select_within(many, measure, 0.3, scope, seed=2).chosen, selection.chosen)
+
+
+def test_the_bound_of_a_selection_is_that_of_best_of_n_unless_it_has_its_own():
+    assert select_best(BY_HAND, parse_risk("mean")).kl_bound() == best_of_n_kl(3)
+    assert select_within(BY_HAND, parse_risk("mean"), 0.2).kl_bound() == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"kl": 1.2}, "up to a KL of 1.10"), ({"scope": "all"}, "scope"), ({"laws": BY_HAND[0]}, "batch shape")],
+)
+def test_what_cannot_be_selected_within_a_kl_is_refused(changes, message):
+    arguments = {"laws": BY_HAND, "measure": parse_risk("mean"), "kl": 0.2} | changes
+    with pytest.raises(ValueError, match=message):
+        select_within(**arguments)

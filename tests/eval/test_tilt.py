@@ -82,15 +82,17 @@ def test_population_scope_is_the_tilt_of_a_linear_measure():
     laws = RewardDistribution(torch.tensor([0.1, 0.4, 0.6, 0.9]).double(), torch.from_numpy(values))
     for spec in ("mean", "below:-0.5", "mean+3*below:-0.5"):
         measure = parse_risk(spec)
-        np.testing.assert_allclose(population_tilt(measure, laws, 0.6), tilt(measure(laws).numpy(), 0.6), atol=1e-4)
+        np.testing.assert_allclose(
+            population_tilt(measure, laws, 0.6).weights, tilt(measure(laws).numpy(), 0.6), atol=1e-4
+        )
 
 
 def test_the_population_decides_where_the_kl_is_spent():
     """Two prompts, one whose answers are all fine: the mean raises both alike, the tail's measure only the other."""
     laws = points([[3.0, 5.0], [-4.0, -2.0]])
-    by_mean = population_tilt(parse_risk("mean"), laws, 0.2)
+    by_mean = population_tilt(parse_risk("mean"), laws, 0.2).weights
     np.testing.assert_allclose(by_mean[0], by_mean[1])
-    by_tail = population_tilt(parse_risk("cvar:0.25"), laws, 0.2)
+    by_tail = population_tilt(parse_risk("cvar:0.25"), laws, 0.2).weights
     np.testing.assert_allclose(by_tail[0], [0.5, 0.5], atol=1e-3)
     assert by_tail[1, 1] > by_mean[1, 1] > 0.5
     assert kl_of(by_tail) == pytest.approx(0.2, rel=1e-6)
@@ -118,7 +120,7 @@ def test_the_population_tilt_maximises_its_measure():
         ).fun
         for _ in range(5)
     )
-    ours = population_tilt(parse_risk(f"mean_variance:{fine}"), points(ratings.tolist()), kl, tolerance=1e-7)
+    ours = population_tilt(parse_risk(f"mean_variance:{fine}"), points(ratings.tolist()), kl, tolerance=1e-7).weights
     assert value(ours) == pytest.approx(best, abs=2e-4)
     # The tilt by the mean does worse: the measure is not decoration.
     assert value(tilt(ratings, kl)) < best - 0.05

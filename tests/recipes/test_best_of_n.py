@@ -113,3 +113,19 @@ def test_bad_settings_end_in_one_line(folder, tmp_path, flags, message, monkeypa
 def test_the_output_does_not_replace_the_candidates(folder):
     with pytest.raises(SystemExit, match=r"another .jsonl file"):
         run(folder, folder / "base.jsonl")
+
+
+def test_drawing_within_a_kl(folder, tmp_path, capsys):
+    for seed in (0, 1):
+        run(folder, tmp_path / f"soft{seed}.jsonl", "--kl", 0.2, "--seed", seed, "--risk_scope", "population")
+    assert "one of 3" in (printed := capsys.readouterr().out)
+    assert "at most 0.20 nats" in printed
+    first, second = (read_jsonl(tmp_path / f"soft{seed}.jsonl") for seed in (0, 1))
+    assert [r["sample"] for r in first] != [r["sample"] for r in second]
+    for r in first:
+        assert r["kl_k1_sum"] == pytest.approx(0.25 * r["sample"] + 0.2)
+        assert (r["selection"]["kl"], r["selection"]["seed"]) == (0.2, 0)
+    with pytest.raises(SystemExit, match="up to a KL of"):
+        run(folder, tmp_path / "far.jsonl", "--kl", 5)
+    with pytest.raises(SystemExit, match="distance above 0"):
+        run(folder, tmp_path / "far.jsonl", "--kl", -1)

@@ -145,6 +145,22 @@ def test_the_heap_is_trimmed_as_gradients_are_made(folder, monkeypatch):
 
 
 @linux
+def test_the_trainer_trims_in_the_first_micro_batch_of_an_update_only(tmp_path, monkeypatch):
+    """Later ones add to gradients that are there: a trim would only take from the next what it is about to ask for."""
+    asked = []
+
+    def asks(module, wanted):
+        trim_during_backward(module, every=2**10, wanted=lambda: asked.append((trainer.ppo_state.position, wanted())))
+
+    monkeypatch.setattr("rlhf.trainer.trim_during_backward", asks)
+    trainer = tiny_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2)
+    trainer.train()
+    # `position` counts the micro-batches of the rollout, this one included; 0 after the last.
+    assert {position % 3 for position, _ in asked} == {0, 1, 2}
+    assert all(wanted == (position % 3 == 1) for position, wanted in asked)
+
+
+@linux
 def test_small_gradients_are_not_worth_a_trim(folder, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     trim_during_backward(model)
