@@ -1,4 +1,4 @@
-"""The picture of a study: extremely negative rate against KL and against mean rating, a colour per arm."""
+"""Pictures of trained arms and of best policies: extremely negative rate against KL and against mean rating."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +44,41 @@ def study_figure(rows: Sequence[Mapping[str, Any]], arms: Sequence[Mapping[str, 
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def tilt_figure(rows: Sequence[Mapping[str, Any]], laws: str = "reward model") -> Figure:
+    """The path of the best policies under each measure, as the KL that they may spend grows.
+
+    Args:
+        rows: `tilts` of compare_risk.json; those that were refused are left out.
+        laws: By whose laws the measures look: "reward model" or "judge".
+
+    Raises:
+        ValueError: No row to draw.
+    """
+    kept = [row for row in rows if row["laws"] == laws and "outcomes" in row]
+    if not kept:
+        raise ValueError(f"there is no best policy by the laws of the {laws} to draw")
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained", dpi=150)
+    axes = figure.subplots(1, 2, sharey=True)
+    for i, name in enumerate(dict.fromkeys(row["measure"] for row in kept)):
+        path = sorted((row for row in kept if row["measure"] == name), key=lambda row: row["kl"])
+        style = {
+            "color": START if name == "mean" else COLOURS[(i - 1) % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        rates = [row["outcomes"]["rate"] for row in path]
+        axes[0].plot([row["kl"] for row in path], rates, label=name, markersize=5, **style)
+        axes[1].plot([row["outcomes"]["mean"] for row in path], rates, markersize=5, **style)
+    for ax, (_, label) in zip(axes, PANELS, strict=True):
+        ax.set(xlabel=label, ylim=(0, None))
+        ax.yaxis.set_major_formatter(PERCENT)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="0.9", linewidth=0.7)
+        ax.set_axisbelow(True)
+    axes[0].set_ylabel("extremely negative completions")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 

@@ -23,7 +23,7 @@ or below the --reference_quantile of all of them, against the policy that follow
 with 95 % bootstrap intervals over prompts. A second table follows the judge's own laws in place of the reward model's:
 what a reward model without any error could gain by each measure, by this judge, from these completions: how much the
 errors of the reward model cost. Training adds its own noise to both, and what it learns about prompts that it has not
-seen. Writes compare_risk.json and the judge's scores into --output_dir.
+seen. Writes compare_risk.json and the judge's scores into --output_dir; with --kl, best_policies.png too.
 """
 
 import json
@@ -41,6 +41,7 @@ from eval.judges import judge_completions, parse_judge
 from eval.laws import candidate_laws
 from eval.records import Row, write_text
 from eval.signal import first_order_gain, prompt_draws, selected_change
+from eval.study_figures import save, tilt_figure
 from eval.tilt import tilt_by, tilted_change
 from reward.distribution import RewardDistribution
 from rlhf.command_line import run
@@ -139,7 +140,10 @@ def main(args: CompareArguments) -> None:
         path = Path(args.output_dir, "compare_risk.json")
         write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
         parts = [printed(table, result), "by the judge's own laws", printed(ceiling, result)]
-        parts += [printed_tilts(tilts)] if tilts else []
+        if tilts:
+            parts.append(printed_tilts(tilts))
+            if any("outcomes" in row and row["laws"] == "reward model" for row in tilts):
+                save(tilt_figure(tilts), path.with_name("best_policies.png"))
         print("\n\n".join([*parts, str(path)]), flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()

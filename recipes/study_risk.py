@@ -20,6 +20,7 @@ coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start 
     annealed            cvar:0.1, population scope, from alpha 1 (the mean) over the first 70 % of training
     mixed               0.5*mean+0.5*cvar:0.1, population scope
     recent              cvar:0.1, population scope, the law of ratings followed with a decay of 0.5 instead of 0.9
+    mixed_recent        as mixed, with that decay
     larger              as recent, but rollouts of 48 completions, half as many
     tail_prompts        the mean, prompts drawn in proportion to the extremely negative mass of two answers of the base
                         (recipes/weigh_prompts.py), a quarter of them uniformly
@@ -79,6 +80,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "annealed": ("--risk", "cvar:0.1", *POPULATION, "--risk_schedule", "linear", "--risk_schedule_span", "0", "0.7"),
     "mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *POPULATION),
     "recent": ("--risk", "cvar:0.1", *RECENT),
+    "mixed_recent": ("--risk", "0.5*mean+0.5*cvar:0.1", *RECENT),
     "larger": ("--risk", "cvar:0.1", *RECENT),
     "tail_prompts": ("--risk", "mean"),
     "tail_prompts_mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *RECENT),
@@ -88,7 +90,7 @@ WEIGHED = ("tail_prompts", "tail_prompts_mixed")
 N = 4
 SELECTED = {f"best_of_{N}_mean": "mean", f"best_of_{N}_cvar": "cvar:0.1"}
 ARMS = ("base", *TRAINED, *SELECTED)
-ON_DEMAND = ("shallow", "annealed", "mixed", "recent", "larger", *WEIGHED)
+ON_DEMAND = ("shallow", "annealed", "mixed", "recent", "mixed_recent", "larger", *WEIGHED)
 ALL_SEEDS = (1, 2, 3)
 MARGIN = 0.15
 

@@ -10,6 +10,7 @@ from tiny import candidate_rows, tiny_qrm, tiny_tokenizer
 
 from eval.records import write_jsonl
 from eval.signal import first_order_gain, prompt_draws
+from eval.study_figures import tilt_figure
 from eval.tilt import tilt, tilted_change
 from reward.distribution import RewardDistribution
 from rlhf.command_line import RecipeParser
@@ -117,6 +118,14 @@ def test_best_policies_at_a_kl(folder, tmp_path, capsys):
     assert near[1]["change"]["rate"]["value"] == pytest.approx(expected.value, rel=1e-3)
     # Three completions show 1.1 nats at most, and say so; the rest of the table is made all the same.
     assert all("up to a KL of" in row["refused"] for row in result["tilts"] if row["kl"] == 2.0)
+    assert (tmp_path / "best_policies.png").read_bytes().startswith(b"\x89PNG")
+    left, right = tilt_figure(result["tilts"]).axes
+    assert [line.get_label() for line in left.lines] == ["mean", "cvar:0.2", "population:cvar:0.5"]
+    assert [float(line.get_ydata()[0]) for line in right.lines] == [row["outcomes"]["rate"] for row in near[:3]]
+    assert float(right.lines[0].get_xdata()[0]) == near[0]["outcomes"]["mean"]
+    assert [list(line.get_xdata()) for line in left.lines] == [[0.3]] * 3
+    with pytest.raises(ValueError, match="no best policy"):
+        tilt_figure([row for row in result["tilts"] if row["kl"] == 2.0])
     printed = capsys.readouterr().out
     assert "best policies at 0.3 nats by the laws of the judge" in printed
     assert "generate more per prompt" in printed
