@@ -240,8 +240,8 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
             completions.append(args.max_steps // 2 * args.rollout_size)
             weighted.append((args.prompt_weight_column, arguments[0].dataset_name.endswith("tail_prompts")))
             assert (args.kl_target, args.seed) == (4.0, 1)
-    assert completions == [22 * 24] * 12, "every arm learns from as many completions"
-    assert weighted == [(None, False)] * 10 + [("prompt_weight", True)] * 2
+    assert completions == [22 * 24] * 13, "every arm learns from as many completions"
+    assert weighted == [(None, False)] * 11 + [("prompt_weight", True)] * 2
     assert objectives == [
         "mean",
         "cvar:0.1",
@@ -252,6 +252,7 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
         "population mean -> cvar:0.1 (linear, 0 to 0.7)",
         "population 0.5*mean+0.5*cvar:0.1",
         "population cvar:0.1",
+        "population 0.5*mean+0.5*cvar:0.1",
         "population cvar:0.1",
         "mean",
         "population 0.5*mean+0.5*cvar:0.1",
