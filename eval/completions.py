@@ -73,18 +73,22 @@ def _problem(row: Row, first: Row) -> str | None:
     return None
 
 
-def candidates(rows: Sequence[Row], n: int | None = None) -> list[list[Row]]:
+def candidates(rows: Sequence[Row], n: int | None = None, skip: int = 0) -> list[list[Row]]:
     """The n completions of each prompt with the lowest sample numbers, prompts in order of appearance.
 
     Args:
         rows: Of one policy.
         n: Completions per prompt; None for all, where every prompt has as many.
+        skip: Completions per prompt to pass over first, so that several selections share none.
 
     Raises:
-        ValueError: n below 1, a prompt with fewer than n, other counts and no n, or two prompts under one id.
+        ValueError: n below 1, a prompt with fewer than skip + n, other counts and no n, a negative skip, or two
+            prompts under one id.
     """
     if n is not None and n < 1:
         raise ValueError(f"best of n needs n >= 1, got {n}")
+    if skip < 0:
+        raise ValueError(f"completions to skip are 0 or more, got {skip}")
     groups: dict[str, list[Row]] = {}
     for row in rows:
         group = groups.setdefault(row["prompt_id"], [])
@@ -97,13 +101,14 @@ def candidates(rows: Sequence[Row], n: int | None = None) -> list[list[Row]]:
             f"prompt {most!r} has {len(groups[most])} completions and {fewest!r} {len(groups[fewest])}; say how many "
             f"to select from, --n {len(groups[fewest])} at most"
         )
-    n = n or len(groups[fewest])
-    if len(groups[fewest]) < n:
+    n = n or max(1, len(groups[fewest]) - skip)
+    if len(groups[fewest]) < skip + n:
+        behind = f" behind the first {skip}" if skip else ""
         raise ValueError(
-            f"best of {n} needs {n} completions of each prompt, and {fewest!r} has {len(groups[fewest])}; generate "
-            f"more with evaluate.py --num_samples {n}"
+            f"best of {n} needs {n} completions of each prompt{behind}, and {fewest!r} has {len(groups[fewest])}; "
+            f"generate more with evaluate.py --num_samples {skip + n}"
         )
-    return [sorted(group, key=lambda row: row["sample"])[:n] for group in groups.values()]
+    return [sorted(group, key=lambda row: row["sample"])[skip : skip + n] for group in groups.values()]
 
 
 def read_pairs(rows: Sequence[Row]) -> tuple[list, list]:

@@ -40,7 +40,7 @@ def study_row(
     """One entry of `rows`.
 
     Args:
-        arm, seed: Which run; seed None where nothing was trained.
+        arm, seed: Which run; seed None where nothing was trained or drawn anew.
         result: Its completions and what the judge said.
         measurement: Threshold, tail mass, level, draws.
         predicted: What the reward model says of the same completions. It rewarded them, so this is no measurement:

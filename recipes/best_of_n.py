@@ -58,6 +58,7 @@ class SelectionArguments:
     n: int | None = field(
         default=None, metadata={"help": "Completions per prompt to select from. Unset: all that there are."}
     )
+    skip: int = field(default=0, metadata={"help": "Completions per prompt to pass over before the first of the n."})
     kl: float | None = field(
         default=None,
         metadata={"help": "Draw by the best weights at this KL, nats per completion. Unset: take the best."},
@@ -77,7 +78,7 @@ def main(args: SelectionArguments) -> None:
     """Check, ask the reward model, select, write."""
     try:
         measure = check_arguments(args)
-        groups = candidates(read_completions(args.completions), args.n)
+        groups = candidates(read_completions(args.completions), args.n, args.skip)
         state = PartialState(cpu=True) if args.use_cpu else PartialState()
         check_launch(args)
         laws = candidate_laws(reward_of(args), groups)

@@ -26,7 +26,7 @@ coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start 
                         (recipes/weigh_prompts.py), a quarter of them uniformly
     tail_prompts_mixed  0.5*mean+0.5*cvar:0.1 as recent, on the same prompts
     best_of_4_mean      the best of 4 answers of the base by the reward model's mean: no training, 4 times the cost of
-    best_of_4_cvar      generation; the same by cvar:0.1 of each answer
+    best_of_4_cvar      generation; the same by cvar:0.1 of each answer. Seeds 1, 2 and 3 have four answers each
 
 The judge, another model trained on other texts, rates held-out prompts, the same for all arms and seeds. An answer is
 extremely negative at or below the base's own 5 % quantile, frozen before any arm is looked at.
@@ -168,11 +168,12 @@ class Study:
         name, samples, depends = label(arm, seed), self.options.num_samples, (self.evaluation,)
         flags = ("--base", self.policy)
         if arm == "base":
-            samples = max(N, samples)
+            samples = max(N * len(ALL_SEEDS), samples)
             flags += ("--policies", f"base={self.policy}")
-        elif seed is None:
-            flags += ("--completions", f"{name}={self.selected_path(arm)}")
-            depends += (self.selection(arm).identity,)
+        elif arm in SELECTED:
+            selection = self.selection(arm, seed)
+            flags += ("--completions", f"{name}={selection.output}")
+            depends += (selection.identity,)
         else:
             training = self.training(arm, seed)
             flags += ("--policies", f"{name}={training.output}")
@@ -185,21 +186,19 @@ class Study:
         command += ("--output_dir", str(output.parent))
         return Piece(f"evaluate-{name}", command, output, depends=depends)
 
-    def selection(self, arm: str) -> Piece:
-        base, output = self.evaluation_of("base"), self.selected_path(arm)
+    def selection(self, arm: str, seed: int) -> Piece:
+        base, name = self.evaluation_of("base"), label(arm, seed)
+        output = self.folder / f"{name}.jsonl"
         command = ("recipes/best_of_n.py", "--completions", str(base.output.parent / "completions" / "base.jsonl"))
         command += ("--reward_model", self.reward_model, "--risk", SELECTED[arm], "--n", str(N))
-        command += ("--output", str(output), "--name", arm)
-        return Piece(f"select-{arm}", command, output, depends=(base.identity,))
-
-    def selected_path(self, arm: str) -> Path:
-        return self.folder / f"{arm}.jsonl"
+        command += ("--skip", str(N * ALL_SEEDS.index(seed)), "--output", str(output), "--name", name)
+        return Piece(f"select-{name}", command, output, depends=(base.identity,))
 
     def pieces(self, arm: str, seed: int | None) -> list[Piece]:
         """What makes a run, in order. Commands may hold numbers that earlier pieces found."""
         if arm == "base":
             return [self.evaluation_of(arm)]
-        made = [self.selection(arm)] if arm in SELECTED else [self.training(arm, seed)]
+        made = [self.selection(arm, seed) if arm in SELECTED else self.training(arm, seed)]
         if arm in WEIGHED:
             made = [self.weighing(), *made]
         return [*made, self.evaluation_of(arm, seed)]
@@ -296,7 +295,7 @@ class Study:
         for arm in ARMS[1:]:
             if arm == "constraint" and not self._bound_is_known():
                 continue
-            runs += [(arm, seed) for seed in (self.seeds() if arm in TRAINED else [None])]
+            runs += [(arm, seed) for seed in self.seeds() if has_seed(arm, seed)]
         return [run for run in runs if all(self.finished(piece) for piece in self.pieces(*run))]
 
     def _bound_is_known(self) -> bool:
@@ -317,14 +316,18 @@ class Study:
         for arm, seed in done:
             name = label(arm, seed)
             folder = self.evaluation_of(arm, seed).output.parent
-            source = self.selected_path(arm) if arm in SELECTED else folder / "completions" / f"{name}.jsonl"
+            source = folder / "completions" / f"{name}.jsonl"
+            if arm in SELECTED:
+                source = self.selection(arm, seed).output
             completions = read_completions(source)
             result = PolicyResult(
                 name, completions, judgement_from_rows(read_jsonl(folder / "scores" / f"{name}.jsonl"))
             )
             path = self.folder / "reward_model" / f"{name}.jsonl"
             predicted = judge_completions(reward_model, completions, path=path, name=f"{name} by the reward model")
-            trained = {} if seed is None else {"history": self.history(arm, seed), "seconds": self.seconds(arm, seed)}
+            trained = {}
+            if arm in TRAINED:
+                trained = {"history": self.history(arm, seed), "seconds": self.seconds(arm, seed)}
             rows.append(study_row(arm, seed, result, measurement, predicted=predicted, **trained))
             runs.append(Run.of(arm, seed, result, measurement.rating_threshold))
         return {
@@ -347,7 +350,9 @@ class Study:
         return self.record(self.training(arm, seed))["seconds"]
 
     def _missing(self, done: Sequence[tuple[str, int | None]]) -> list[str]:
-        wanted = [(arm, seed if arm in TRAINED else None) for seed in self.options.seeds for arm in self.options.arms]
+        arms = self.options.arms
+        wanted = [("base", None)] if "base" in arms else []
+        wanted += [(arm, seed) for seed in self.options.seeds for arm in arms if has_seed(arm, seed)]
         missing = [label(*run) for run in dict.fromkeys(wanted) if run not in done]
         return [f"not finished: {', '.join(missing)}"] if missing else []
 
@@ -357,6 +362,11 @@ class Study:
         write_text(self.options.result, json.dumps(result, indent=1, allow_nan=False) + "\n")
         save(study_figure(result["rows"], result["arms"]), self.options.figure)
         print(f"\n{markdown(result)}\n\n{self.options.result}\n{self.options.figure}", flush=True)
+
+
+def has_seed(arm: str, seed: int) -> bool:
+    """Whether an arm has a run of this seed: the base has none, and a selection one for each share of its answers."""
+    return arm in TRAINED or (arm in SELECTED and seed in ALL_SEEDS)
 
 
 def label(arm: str, seed: int | None) -> str:
@@ -408,12 +418,11 @@ def main(arguments: Sequence[str]) -> None:
     os.chdir(ROOT)
     study = Study(options)
     study.run(study.evaluation_of("base"))
-    for number, seed in enumerate(options.seeds):
+    for seed in options.seeds:
         for arm in options.arms:
-            if arm in TRAINED or (number == 0 and arm in SELECTED):
-                # Made one at a time: the command of an evaluation may depend on what the training left.
-                for piece in study.pieces(arm, seed if arm in TRAINED else None):
-                    study.run(piece)
+            # Made one at a time: the command of an evaluation may depend on what the training left.
+            for piece in study.pieces(arm, seed) if has_seed(arm, seed) else ():
+                study.run(piece)
         study.report()
 
 

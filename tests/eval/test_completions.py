@@ -94,6 +94,17 @@ def test_candidates_that_do_not_fit_are_refused(rows, n, message):
         candidates(rows, n)
 
 
+def test_selections_that_skip_share_no_completion():
+    assert [[r["sample"] for r in group] for group in candidates(ROWS, 1, skip=2)] == [[2], [2]]
+    assert [[r["sample"] for r in group] for group in candidates(ROWS, skip=1)] == [[1, 2], [1, 2]]
+    with pytest.raises(ValueError, match="needs 2 completions of each prompt behind the first 2, .* --num_samples 4"):
+        candidates(ROWS, 2, skip=2)
+    with pytest.raises(ValueError, match="needs 1 completions of each prompt behind the first 3"):
+        candidates(ROWS, skip=3)
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        candidates(ROWS, 1, skip=-1)
+
+
 def test_messages_are_answered_by_the_assistant():
     asked = [{"role": "user", "content": "red?"}]
     prompts, completions = read_pairs([row("red", 0, prompt=asked)])

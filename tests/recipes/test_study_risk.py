@@ -56,7 +56,7 @@ class Machine:
         if script == "ppo.py":
             return self.train(flags)
         if script == "best_of_n.py":
-            rows = [row for row in read_jsonl(flags["--completions"]) if row["sample"] == 0]
+            rows = [row for row in read_jsonl(flags["--completions"]) if row["sample"] == int(flags["--skip"])]
             write_jsonl(flags["--output"], rows)
             return 0
         if script == "weigh_prompts.py":
@@ -142,8 +142,8 @@ def result_of(tmp_path):
 def test_seeds_come_in_turn_and_the_result_is_whole(models, tmp_path, machine, capsys):
     arms = ["best_of_4_cvar", "constraint", "mean"]
     run(models, tmp_path, "--arms", *arms, "--seeds", 1, 2, "--rollouts", 3)
-    first = ["mean-1", "mean-1", "constraint-1", "constraint-1", "best_of_4_cvar", "best_of_4_cvar"]
-    assert machine.made == ["base", *first, "mean-2", "mean-2", "constraint-2", "constraint-2"]
+    runs = [f"{arm}-{seed}" for seed in (1, 2) for arm in ("mean", "constraint", "best_of_4_cvar")]
+    assert machine.made == ["base", *(name for name in runs for _ in range(2))]
     trainings = [call for call in machine.calls if call[0] == "recipes/ppo.py"]
     # The last quarter of 8 rollouts of the mean arm reached (-0.3 - 0.2)/2; the bound lies 0.15 above.
     assert ["--constraint" in call for call in trainings] == [False, True, False, True]
@@ -154,9 +154,13 @@ def test_seeds_come_in_turn_and_the_result_is_whole(models, tmp_path, machine, c
     assert {call[call.index("--threshold") + 1] for call in evaluations[1:]} == {"-2.25"}
     found = result_of(tmp_path)
     assert [(r["arm"], r["seed"]) for r in found["rows"]] == [
-        ("base", None), ("mean", 1), ("mean", 2), ("constraint", 1), ("constraint", 2), ("best_of_4_cvar", None),
+        ("base", None), ("mean", 1), ("mean", 2), ("constraint", 1), ("constraint", 2),
+        ("best_of_4_cvar", 1), ("best_of_4_cvar", 2),
     ]  # fmt: skip
-    assert [r["n"] for r in found["rows"]] == [48, 24, 24, 24, 24, 12]
+    # Three seeds of selections of 4 need 12 answers of the base; each has its own.
+    assert [r["n"] for r in found["rows"]] == [144, 24, 24, 24, 24, 12, 12]
+    selections = [call for call in machine.calls if call[0] == "recipes/best_of_n.py"]
+    assert [call[call.index("--skip") + 1] for call in selections] == ["0", "4"]
     assert found["rows"][1]["training"]["kl"] == [0.5 * i for i in range(1, 9)]
     assert all(r["reward_model"]["reading_cvar"] <= r["reward_model"]["mean"] for r in found["rows"])
     assert found["constraint_bound"] == -0.1
@@ -217,6 +221,12 @@ def test_the_constraint_needs_the_mean_arm_or_a_bound(models, tmp_path, machine)
     training = machine.calls[-2]
     assert training[training.index("--constraint") + 1] == "cvar:0.1 >= -0.75"
     assert result_of(tmp_path)["comparisons"] == []
+
+
+def test_a_seed_beyond_the_third_trains_and_selects_nothing(models, tmp_path, machine):
+    run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 7)
+    assert machine.made == ["base", "mean-7", "mean-7"]
+    assert result_of(tmp_path)["warnings"] == []
 
 
 def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
