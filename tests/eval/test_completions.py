@@ -97,7 +97,7 @@ def test_candidates_that_do_not_fit_are_refused(rows, n, message):
 def test_selections_that_skip_share_no_completion():
     assert [[r["sample"] for r in group] for group in candidates(ROWS, 1, skip=2)] == [[2], [2]]
     assert [[r["sample"] for r in group] for group in candidates(ROWS, skip=1)] == [[1, 2], [1, 2]]
-    with pytest.raises(ValueError, match="needs 2 completions of each prompt behind the first 2, .* --num_samples 4"):
+    with pytest.raises(ValueError, match=r"needs 2 completions of each prompt behind the first 2, .* --num_samples 4"):
         candidates(ROWS, 2, skip=2)
     with pytest.raises(ValueError, match="needs 1 completions of each prompt behind the first 3"):
         candidates(ROWS, skip=3)
