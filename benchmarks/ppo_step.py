@@ -17,7 +17,6 @@ generations or reports, with the whole batch in one micro-batch. Ours runs, agai
     lora_float32    the same in float32, for processors without bfloat16
     lengths         ours against ours: completions that end after 4 to 128 tokens, in micro-batches of a quarter of
                     them, with `length_aware` off (padding is decoded and learnt from) and on
-    lengths_large   the same with twice as many completions
     risk_overhead   ours alone: share of a step that the risk measure takes, in both scopes, with a constraint
 
 Ours clips the gradient norm, the peer does not. Memory is the most that a process ever held resident, loading
@@ -47,9 +46,7 @@ RUNS = Path("runs/benchmarks/ppo_step")
 PEER_ENVIRONMENT = Path("runs/benchmarks/trl112_env")
 PEER_VERSION = "1.12.0"
 PAIRED = ("like_for_like", "default", "lora_bf16", "lora_float32")
-OWN = ("lengths", "lengths_large", "risk_overhead")
-CONFIGURATIONS = (*PAIRED, *OWN)
-LARGE = 2  # times the completions of the other rows
+CONFIGURATIONS = (*PAIRED, "lengths", "risk_overhead")
 TARGETS = {
     "like_for_like": {"time_ratio": 0.90, "memory_ratio": 0.85},
     "default": {"time_ratio": 0.65, "memory_ratio": 0.50},
@@ -72,10 +69,11 @@ def main() -> None:
     bench = Bench(options, models, peer)
     result = bench.stored()
     for name in options.configurations:
-        result["configurations"][name] = bench.row(name)
+        row = bench.lengths() if name == "lengths" else bench.risk() if name == "risk_overhead" else bench.pair(name)
+        result["configurations"][name] = row
         path = bench.write(result)
     print(table(result["configurations"], {} if options.tiny else TARGETS))
-    for name in OWN:
+    for name in ("lengths", "risk_overhead"):
         if name in options.configurations and name in result["configurations"]:
             print(f"\n{name}: {json.dumps(result['configurations'][name]['summary'])}")
     print(path)
@@ -156,16 +154,15 @@ class Bench:
 
     # ---- Tasks ------------------------------------------------------------------------------------------------
 
-    def task(self, length: int, counted: bool, rows: int | None = None, **changes: Any) -> dict[str, Any]:
+    def task(self, length: int, counted: bool, **changes: Any) -> dict[str, Any]:
         """What both workers need to know."""
         options, models = self.options, self.models
-        rows = rows or options.rows
         steps = 1 + options.steps + counted
-        needed = steps * rows
+        needed = steps * options.rows
         settings = {
             "output_dir": str(self.folder / "output"),
             "per_device_train_batch_size": options.micro_batch_size,
-            "gradient_accumulation_steps": rows // options.micro_batch_size,
+            "gradient_accumulation_steps": options.rows // options.micro_batch_size,
             "num_mini_batches": 1,
             "num_ppo_epochs": 1,
             "temperature": 1.0,
@@ -188,22 +185,20 @@ class Bench:
             "threads": options.threads,
             "device": options.device,
             "dtype": "float32",
-            "expected_tokens": rows * length,
+            "expected_tokens": options.rows * length,
             "counted_step": steps - 1 if counted else None,
             "settings": settings,
             **changes,
         }
 
-    def our_task(
-        self, counted: bool, length: int | None = None, rows: int | None = None, **settings: Any
-    ) -> dict[str, Any]:
+    def our_task(self, counted: bool, length: int | None = None, **settings: Any) -> dict[str, Any]:
         """One of our trainer, with changes of `PPOConfig`."""
-        length, rows = length or self.options.completion_length, rows or self.options.rows
-        task = self.task(length, counted, rows, reward_settings={"batch_size": rows})
+        length = length or self.options.completion_length
+        task = self.task(length, counted, reward_settings={"batch_size": self.options.rows})
         task["settings"] |= {
             "max_completion_length": length,
             "generation_kwargs": {"min_new_tokens": length},
-            "max_steps": len(task["prompts"]) // rows,
+            "max_steps": len(task["prompts"]) // self.options.rows,
             "overwrite_output_dir": True,
         } | settings
         return task
@@ -270,14 +265,6 @@ class Bench:
 
     # ---- Rows -------------------------------------------------------------------------------------------------
 
-    def row(self, name: str) -> dict[str, Any]:
-        """That of one configuration."""
-        if name == "risk_overhead":
-            return self.risk()
-        if name in ("lengths", "lengths_large"):
-            return self.lengths(self.options.rows * (LARGE if name == "lengths_large" else 1), name)
-        return self.pair(name)
-
     def pair(self, name: str) -> dict[str, Any]:
         """Ours and the peer in turn."""
         ours, peer = [], []
@@ -300,21 +287,21 @@ class Bench:
             print(row["note"])
         return row
 
-    def lengths(self, rows: int, name: str) -> dict[str, Any]:
+    def lengths(self) -> dict[str, Any]:
         """Our padded path against length-aware micro-batches, on the same completions."""
         shortest, longest = (2, 16) if self.options.tiny else LENGTHS
-        lengths = spread_lengths(shortest, longest, rows)
-        micro = max(1, rows // 4)
-        batches = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+        lengths = spread_lengths(shortest, longest, self.options.rows)
+        micro = max(1, self.options.rows // 4)
+        batches = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": self.options.rows // micro}
         runs: dict[str, list] = {"aware": [], "padded": []}
         for turn in range(self.options.rounds):
             for way in runs:
                 aware = {"length_aware": way == "aware"}
-                task = self.our_task(turn == 0, longest, rows, **batches, **aware) | {"lengths": lengths}
+                task = self.our_task(turn == 0, longest, **batches, **aware) | {"lengths": lengths}
                 task["expected_tokens"] = sum(lengths)
                 # The reward model always reads texts of similar length together; both ways gain from it.
                 task["reward_settings"]["batch_size"] = micro
-                runs[way].append(self.run(f"{name}-{way}-{turn}", task))
+                runs[way].append(self.run(f"lengths-{way}-{turn}", task))
         check_same_tokens(runs["aware"], runs["padded"], sum(lengths))
         steps, rate = self.options.steps, self.rate("float32")
         aware, padded = (side(runs[way], steps, rate) for way in ("aware", "padded"))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from reward.loading import clear_errors, load_adapter, load_model, load_tokenizer
 from rlhf.adapters import fuse_adapters
+from rlhf.head_input import close_gaps, widen_few_rows
 
 
 @dataclass
@@ -90,8 +91,10 @@ def load_policy(
         if part is not None:
             part.to(PartialState().device).eval()
             fuse_adapters(part)
-    for part in {id(part): part for part in (model, base) if part is not None}.values():
-        _close_gaps(part)
+    for head in {id(part): part.get_output_embeddings() for part in (model, base) if part is not None}.values():
+        if head is not None:
+            head.register_forward_pre_hook(lambda _, inputs: close_gaps(inputs))
+            widen_few_rows(head)
     return LoadedPolicy(model, tokenizer, base, source)
 
 
@@ -148,17 +151,6 @@ def _load_model(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel |
             "correct base_model_name_or_path in its adapter_config.json"
         ) from error
     return load_adapter(model, source), trunk
-
-
-def _close_gaps(model: PreTrainedModel | PeftModel) -> None:
-    """Hands the language-model head its input in one piece.
-
-    It is asked for the completion's positions, a slice of all states with gaps between rows. For such an input torch
-    copies the weight of a frozen head (that of every policy with an adapter) once for every row of the batch.
-    """
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
 def _load_tokenizer(places: list[str], trust_remote_code: bool) -> PreTrainedTokenizerBase:
