@@ -16,7 +16,7 @@ generations or reports, with the whole batch in one micro-batch. Ours runs, agai
     lora_bf16       LoRA on bfloat16 weights, which serve policy, reference and critic; reward model in bfloat16
     lora_float32    the same in float32, for processors without bfloat16
     lengths         ours against ours: completions that end after 4 to 128 tokens, in micro-batches of a quarter of
-                    them, with `length_aware` off (padding is decoded and learnt from) and on
+                    them, with `length_aware` off (rows padded to the longest, decoded and learnt from so) and on
     risk_overhead   ours alone: share of a step that the risk measure takes, in both scopes, with a constraint
 
 Ours clips the gradient norm, the peer does not. Memory is the most that a process ever held resident, loading

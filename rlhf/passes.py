@@ -59,9 +59,9 @@ class ForwardPasses:
 
     def without_graph(self, ids: Tensor, mask: Tensor, num_tokens: int) -> tuple[CompletionScores, CompletionScores]:
         """The same in micro-batches, for numbers alone."""
-        batches = self.micro_batches(mask)
-        reference = score_rows(self._reference_scores, ids, mask, num_tokens, batches)
-        return score_rows(self._policy_scores, ids, mask, num_tokens, batches), reference
+        batches, cut = self.micro_batches(mask), self.args.length_aware
+        reference = score_rows(self._reference_scores, ids, mask, num_tokens, batches, cut=cut)
+        return score_rows(self._policy_scores, ids, mask, num_tokens, batches, cut=cut), reference
 
     def for_update(self, ids: Tensor, mask: Tensor, num_tokens: int, rollout: int) -> CompletionScores:
         """What the loss of one micro-batch needs, with its graph."""
@@ -148,9 +148,9 @@ def bounds(attention_mask: Tensor, num_tokens: int) -> tuple[int, int]:
 
 
 def score_rows(
-    forward: Forward, ids: Tensor, attention_mask: Tensor, num_tokens: int, batches: list[Tensor]
+    forward: Forward, ids: Tensor, attention_mask: Tensor, num_tokens: int, batches: list[Tensor], *, cut: bool = True
 ) -> CompletionScores:
-    """What `forward` says about every row, computed on micro-batches cut to their longest prompt and completion.
+    """What `forward` says about every row, computed on micro-batches.
 
     Args:
         forward: (ids, attention mask, T) of a micro-batch -> its scores.
@@ -158,13 +158,14 @@ def score_rows(
         attention_mask: (B, P + T).
         num_tokens: T.
         batches: from `micro_batches`.
+        cut: each to its longest prompt and completion.
 
     Returns:
         Scores in the order of `ids`; 0 where a column was cut.
     """
     parts = []
     for rows in batches:
-        first, longest = bounds(attention_mask[rows], num_tokens)
+        first, longest = bounds(attention_mask[rows], num_tokens) if cut else (0, num_tokens)
         columns = slice(first, ids.shape[1] - num_tokens + longest)
         part = forward(ids[rows, columns], attention_mask[rows, columns], longest)
         parts.append([None if column is None else pad(column, (0, num_tokens - longest)) for column in part])

@@ -270,7 +270,8 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         if state.position == args.updates_per_rollout * args.gradient_accumulation_steps:
             state.position = 0
         rows = order[self.passes.micro_batches(self._rollout.attention_mask[order])[micro]]
-        return self._rollout.rows(rows).without_padding()
+        part = self._rollout.rows(rows)
+        return part.without_padding() if args.length_aware else part
 
     def _row_order(self, epoch: int) -> Tensor:
         """Rows of this process in the order in which one PPO epoch visits them."""

@@ -49,6 +49,10 @@ def test_scores_of_cut_batches_come_back_in_place():
     assert scores.logprobs.tolist() == [[13, 0, 0], [24, 25, 26], [33, 34, 0]]
     assert scores.entropy.tolist() == [[-13, 0, 0], [-24, -25, -26], [-33, -34, 0]]
     assert scores.values is None
+    seen.clear()
+    padded = score_rows(forward, ids, mask, num_tokens=3, batches=[torch.tensor([1]), torch.tensor([2, 0])], cut=False)
+    assert seen == [((1, 6), 3), ((2, 6), 3)]
+    assert torch.equal(padded.logprobs, scores.logprobs)
 
 
 class Gradients(TrainerCallback):
@@ -126,6 +130,10 @@ def test_micro_batches_by_length_have_the_gradient_of_padded_ones(tmp_path, monk
     }
     columns = {aware: sum(rows * width for (rows, width), _ in runs[aware][2]) for aware in runs}
     assert columns[True] < 0.9 * columns[False], "the case is only tested when padding is cut"
+    # Off means padded: every pass of a rollout is as wide as its longest row.
+    of_rollout = len(runs[False][2]) // 2
+    for start in (0, of_rollout):
+        assert len({width for (_, width), _ in runs[False][2][start : start + of_rollout]}) == 1
     for name, gradient in runs[False][0].items():
         torch.testing.assert_close(runs[True][0][name], gradient, atol=1e-6, rtol=1e-5)
     for name, tensor in runs[False][1].items():
