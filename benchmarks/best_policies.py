@@ -23,7 +23,14 @@ FIGURE = Path("docs/images/best_policies.png")
 POLICY, REWARD_MODEL, JUDGE = "runs/quickstart/data/policy", "runs/quickstart/qrm", "qrm:runs/quickstart/judge"
 SEEDS, PROMPTS, SAMPLES, SELECTED = (0, 1, 2), 288, 32, 4
 KLS = ("0.5", "1", "1.5", "2")
-POPULATION = ("cvar:0.25", "cvar:0.5", "0.5*mean+0.5*cvar:0.1", "0.5*mean+0.5*cvar:0.25", "expectile:0.1", "entropic:1")
+POPULATION = (
+    "cvar:0.25",
+    "cvar:0.5",
+    "0.5*mean+0.5*cvar:0.1",
+    "0.5*mean+0.5*cvar:0.25",
+    "expectile:0.1",
+    "entropic:1",
+)
 RISKS = ("cvar:0.1", "cvar:0.5", *(f"population:{spec}" for spec in POPULATION), "mean+5*below:-2")
 FEW_RISKS = ("cvar:0.1", "population:cvar:0.5", "population:0.5*mean+0.5*cvar:0.1")
 DRAWN = ("mean", "cvar:0.1", "population:cvar:0.5", "population:0.5*mean+0.5*cvar:0.1", "population:entropic:1")

@@ -74,8 +74,7 @@ def test_the_numbers_of_the_documents_are_those_of_the_result():
         next(
             row
             for row in entry["tilts"]
-            if (row["laws"], row["kl"], row["measure"])
-            == ("reward model", 2.0, "population:0.5*mean+0.5*cvar:0.1")
+            if (row["laws"], row["kl"], row["measure"]) == ("reward model", 2.0, "population:0.5*mean+0.5*cvar:0.1")
         )
         for entry in result["seeds"].values()
     ]

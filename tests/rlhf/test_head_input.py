@@ -23,7 +23,8 @@ def head():
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows"), [((5, 1), 5), ((6, 1), 16), ((15, 1), 16), ((3, 4), 16), ((9,), 16), ((16, 1), 16), ((40, 1), 40)]
+    ("shape", "rows"),
+    [((5, 1), 5), ((6, 1), 16), ((15, 1), 16), ((3, 4), 16), ((9,), 16), ((16, 1), 16), ((40, 1), 40)],
 )
 def test_logits_are_those_of_the_rows_that_were_asked_for(head, shape, rows):
     plain, wide = head
