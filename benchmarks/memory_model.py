@@ -5,9 +5,10 @@
     python benchmarks/memory_model.py --model_size 70e9 --config ddp --gpus 64 --lora 16 --weight_bytes 2
     python benchmarks/memory_model.py --recommend                           # the tables of docs/scaling.md
 
-The formulas are in scale_formulas.py. Each measurement is two PPO steps of SmolLM2-135M (runs/quickstart/data/policy,
-which `make quickstart` or recipes/prepare_data.py unpacks) in processes of their own, on the CPU, in float32 unless
-the case says otherwise: the most that a rank held resident less what it held before the first model was loaded.
+The formulas are in scale_formulas.py, the cases in memory_cases.py. Each measurement is two PPO steps in processes of
+their own, on the CPU, in float32 unless the case says otherwise: the most that a rank held resident less what it held
+before the first model was loaded. The model is SmolLM2-135M (runs/quickstart/data/policy, which `make quickstart` or
+recipes/prepare_data.py unpacks), or another size with its vocabulary and random weights.
 Writes benchmarks/results/memory_model.json after every case; cases that it holds are kept (`--again` repeats them).
 """
 
@@ -17,41 +18,17 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from measuring import RESULTS, hardware, write_result
+from memory_cases import CASES, PRETRAINED, Case, write_model
 from scale_formulas import MODES, SHAPES, Machine, Plan, Shape, memory, nearest_shape, throughput, traffic
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RUNS = Path("runs/benchmarks/memory_model")
 POLICY = Path("runs/quickstart/data/policy")
-SMALL = Plan(
-    precision="fp32",
-    rows=2,
-    micro_batch=1,
-    prompt=8,
-    completion=8,
-    epochs=1,
-    checkpointing=False,
-    frozen_on_disk=True,
-)
-LONG = replace(SMALL, micro_batch=2, prompt=112)
-CASES = {
-    "full, shared critic": SMALL,
-    "full, separate critic": replace(SMALL, critic="separate"),
-    "LoRA, shared critic": replace(SMALL, lora=16),
-    "LoRA, separate critic": replace(SMALL, lora=16, critic="separate"),
-    "LoRA, bfloat16 weights": replace(SMALL, lora=16, weight_bytes=2),
-    "full, DDP": replace(SMALL, mode="ddp", ranks=2),
-    "LoRA, long prompts": replace(LONG, lora=16),
-    "LoRA, long prompts, checkpointing": replace(LONG, lora=16, checkpointing=True),
-    "full, ZeRO-1": replace(SMALL, mode="zero1", ranks=2),
-    "full, ZeRO-2": replace(SMALL, mode="zero2", ranks=2),
-    "full, ZeRO-3": replace(SMALL, mode="zero3", ranks=2),
-}
 CONFIG_FILES = {"one": "cpu", "ddp": "ddp_cpu"}
 # Set-ups in the order in which docs/scaling.md tries them: the first that fits is the fastest of those.
 LADDER = (("ddp", True), ("zero1", True), ("zero2", True), ("zero3", True), ("zero3", False), ("zero3_offload", False))
@@ -168,12 +145,15 @@ def throughputs() -> str:
 
 
 def measured_table() -> str:
-    """A Markdown table of the stored measurements."""
-    result = json.loads((RESULTS / "memory_model.json").read_text())
-    lines = ["| case | tokens | micro-batch | formula | measured | ratio |", "|---|---|---|---|---|---|"]
-    for name, case in result["cases"].items():
-        sizes = f"{case['formula_bytes'] / 1e9:.2f} GB | {case['measured_bytes'] / 1e9:.2f} GB | {case['ratio']:.2f}"
-        lines.append(f"| {name} | {case['tokens'][0]} + {case['tokens'][1]} | {case['rows'][1]} | {sizes} |")
+    """A Markdown table of the stored measurements, the smallest model first."""
+    stored = json.loads((RESULTS / "memory_model.json").read_text())["cases"]
+    lines = ["| model | case | tokens | micro-batch | formula | measured | ratio |", "|---|---|---|---|---|---|---|"]
+    for key in sorted(stored, key=lambda key: CASES[key].shape.parameters):
+        found, (model, name, plan) = stored[key], CASES[key]
+        sizes = (
+            f"{found['formula_bytes'] / 1e9:.2f} GB | {found['measured_bytes'] / 1e9:.2f} GB | {found['ratio']:.2f}"
+        )
+        lines.append(f"| {model} | {name} | {plan.prompt} + {plan.completion} | {plan.micro_batch} | {sizes} |")
     return "\n".join(lines)
 
 
@@ -185,34 +165,50 @@ def measure(options: argparse.Namespace) -> None:
         raise SystemExit(f"{options.policy} is not there; run recipes/prepare_data.py, or name a folder with --policy")
     path = RESULTS / "memory_model.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() and not options.again else {"cases": {}}
-    result |= {"command": "python benchmarks/memory_model.py", "policy": "SmolLM2-135M", "hardware": hardware()}
-    shape = SHAPES["SmolLM2-135M"]
-    for name, plan in CASES.items():
-        # The formula is stored as the code has it now, whenever the measurement was made.
-        parts, case = memory(shape, plan), result["cases"].get(name)
-        if case is None:
-            ranks = run(name, plan, options.policy)
+    result |= {"command": "python benchmarks/memory_model.py", "policy": PRETRAINED, "hardware": hardware()}
+    for key, case in CASES.items():
+        found, plan = result["cases"].get(key), case.plan
+        if found is None:
+            ranks = run(key, plan, policy_of(case, options.policy))
             result["versions"] = ranks[0].pop("versions")
-            most = max(rank["peak_bytes"] - rank["start_bytes"] for rank in ranks)
-            loaded = max(rank["loaded_bytes"] - rank["start_bytes"] for rank in ranks)
-            case = {"measured_bytes": most, "peak_of_loading_bytes": loaded, "trained": ranks[0]["trained"]}
-        case |= {
-            "formula_bytes": parts["peak"],
-            "ratio": parts["peak"] / case["measured_bytes"],
+            found = {"measured_bytes": most(ranks, "peak_bytes"), "trained": ranks[0]["trained"]}
+            found |= {f"peak_of_{part}_bytes": most(ranks, f"{part}_bytes") for part in ("loading", "preparing")}
+            found["processor"] = hardware()["processor"]
+        # The formula is stored as the code has it now, whenever the measurement was made.
+        parts = memory(case.shape, plan)
+        on_paper = in_one_memory(parts)
+        found |= {
+            "formula_bytes": on_paper,
+            "ratio": on_paper / found["measured_bytes"],
             "components": parts,
             "ranks": plan.ranks,
             "tokens": [plan.prompt, plan.completion],
             "rows": [plan.rows, plan.micro_batch],
         }
-        result["cases"][name] = case
+        result["cases"][key] = found
         write_result("memory_model", result)
-        sizes = f"{parts['peak'] / 1e9:7.2f} on paper, {case['measured_bytes'] / 1e9:.2f} GB measured"
-        print(f"{name:36}{sizes}, ratio {case['ratio']:.2f}", flush=True)
+        sizes = f"{on_paper / 1e9:7.2f} on paper, {found['measured_bytes'] / 1e9:.2f} GB measured"
+        print(f"{key:50}{sizes}, ratio {found['ratio']:.2f}", flush=True)
+
+
+def in_one_memory(parts: dict[str, float]) -> float:
+    """Bytes of a rank on a CPU, whose device memory and host memory are the same."""
+    return parts["peak"] + parts["host"]
+
+
+def most(ranks: list[dict[str, Any]], name: str) -> int:
+    """The largest of what the ranks found, each less what it held before it loaded a model."""
+    return max(rank[name] - rank["start_bytes"] for rank in ranks)
+
+
+def policy_of(case: Case, pretrained: Path) -> Path:
+    """Folder of the case's model, which is written first if need be."""
+    return pretrained if case.model == PRETRAINED else write_model(case.shape, pretrained, RUNS / case.model)
 
 
 def run(name: str, plan: Plan, policy: Path) -> list[dict[str, Any]]:
     """What the ranks of one case wrote."""
-    folder = RUNS / name.replace(", ", "_").replace(" ", "_")
+    folder = RUNS / name.replace(", ", "_").replace(": ", "_").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("rank_*.json"):
         old.unlink()
@@ -227,6 +223,7 @@ def run(name: str, plan: Plan, policy: Path) -> list[dict[str, Any]]:
         "generation_kwargs": {"min_new_tokens": plan.completion},
         "critic": plan.critic,
         "activation_checkpointing": plan.checkpointing,
+        "ds3_gather_for_generation": plan.gather,
         "model_init_kwargs": {"dtype": "bfloat16" if plan.weight_bytes == 2 else "float32"},
         "pad_token": "<|endoftext|>",
         "use_cpu": True,
@@ -237,6 +234,7 @@ def run(name: str, plan: Plan, policy: Path) -> list[dict[str, Any]]:
     }
     prompts = [" ".join(["word"] * plan.prompt)] * (2 * plan.rows * plan.ranks)
     task = {"policy": str(policy), "lora": plan.lora, "prompts": prompts, "settings": settings}
+    task["fsdp_on_cpu"] = plan.mode == "fsdp2"
     (folder / "task.json").write_text(json.dumps(task))
     launch(plan, folder)
     return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(plan.ranks)]

@@ -61,6 +61,7 @@ class Shape:
 
 SHAPES = {
     "SmolLM2-135M": Shape(30, 576, 1536, 9, 3, 64, 49152, True),
+    "SmolLM2-360M": Shape(32, 960, 2560, 15, 5, 64, 49152, True),
     "SmolLM2-1.7B": Shape(24, 2048, 8192, 32, 32, 64, 49152, True),
     "Llama-3.2-3B": Shape(28, 3072, 8192, 24, 8, 128, 128256, True),
     "Llama-3.1-8B": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
@@ -213,8 +214,9 @@ def _stored(shape: Shape, plan: Plan) -> dict[str, float]:
     split = ranks if plan.mode in SHARDS_WEIGHTS else 1
     width = plan.stored_bytes
     moments = 8 * trained(shape, plan) / (ranks if plan.mode not in ("one", "ddp") else 1)
-    # ZeRO-1 and 2 clone the weights of their part as masters, float32 or not; ZeRO-3 only where it has cast them.
-    masters = plan.mode in ("zero1", "zero2") or plan.casts
+    # ZeRO-1 and 2 clone the weights of their part as masters, float32 or not, as does an optimiser in host memory;
+    # ZeRO-3 without offload only where it has cast them.
+    masters = plan.mode in ("zero1", "zero2", "zero3_offload") or plan.casts
     return {
         "weights": width * (sizes["policy"] + sizes["critic"]) / split,
         "reference": width * sizes["reference"] / split,

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 SCALING = (ROOT / "docs" / "scaling.md").read_text()
@@ -26,6 +28,11 @@ def model(formulas):
     return importlib.import_module("memory_model")
 
 
+@pytest.fixture(scope="module")
+def measured(formulas):
+    return importlib.import_module("memory_cases")
+
+
 @pytest.fixture
 def toy(formulas):
     # a = 4, k = 2: a layer holds 4 (2*4 + 2*2 + 3*6 + 2) = 128, the trunk 10*4 + 2*128 + 4 = 300.
@@ -42,6 +49,7 @@ def alone(formulas):
 def test_parameters_are_those_of_the_published_models(formulas, toy):
     sizes = {name: shape.parameters for name, shape in formulas.SHAPES.items()}
     assert sizes["SmolLM2-135M"] == 134_515_008
+    assert sizes["SmolLM2-360M"] == 361_821_120
     assert sizes["Llama-3.1-8B"] == 8_030_261_248
     assert sizes["Llama-3.1-70B"] == 70_553_706_496
     assert formulas.SHAPES["Llama-3.1-8B"].adapter(16) == 41_943_040
@@ -158,25 +166,86 @@ def test_the_document_holds_the_tables_that_the_code_prints(model):
         assert table in SCALING
 
 
-def test_stored_formulas_are_those_of_the_code(formulas, model):
+def test_stored_formulas_are_those_of_the_code(formulas, model, measured):
     """A formula that changed after the measurement would leave a ratio that nobody can reproduce."""
     stored = json.loads((ROOT / "benchmarks" / "results" / "memory_model.json").read_text())["cases"]
     assert "full, shared critic" in stored
-    assert set(stored) <= set(model.CASES)
-    for name in stored:
-        peak = formulas.memory(formulas.SHAPES["SmolLM2-135M"], model.CASES[name])["peak"]
-        assert peak == stored[name]["formula_bytes"]
-        assert stored[name]["ratio"] == stored[name]["formula_bytes"] / stored[name]["measured_bytes"]
+    assert set(stored) <= set(measured.CASES)
+    for key in stored:
+        case = measured.CASES[key]
+        assert stored[key]["trained"] == formulas.trained(case.shape, case.plan)
+        assert model.in_one_memory(formulas.memory(case.shape, case.plan)) == stored[key]["formula_bytes"]
+        assert stored[key]["ratio"] == stored[key]["formula_bytes"] / stored[key]["measured_bytes"]
+
+
+def test_offload_on_a_cpu_moves_nothing_out_of_a_rank(formulas, model, toy, alone):
+    """Device and host are one memory there; what DeepSpeed holds twice under offload is twice in it."""
+    sharded = formulas.memory(toy, replace(alone, mode="zero3", ranks=2))
+    offloaded = formulas.memory(toy, replace(alone, mode="zero3_offload", ranks=2))
+    assert offloaded["host"] > sharded["weights"] + sharded["optimiser"]
+    # Adam on the host works on a copy of this rank's half of 305 weights, float32 though they are.
+    assert model.in_one_memory(offloaded) == model.in_one_memory(sharded) + 4 * 305 / 2
+
+
+def test_every_size_is_measured_in_set_ups_of_its_own_name(formulas, measured):
+    by_model = {name: [case for case in measured.CASES.values() if case.model == name] for name in measured.MODELS}
+    assert sum(map(len, by_model.values())) == len(measured.CASES)
+    for name, found in by_model.items():
+        assert {"full, shared critic", "LoRA, shared critic"} <= {case.name for case in found}, name
+    # Every way of sharing the work that the formulas know is run at one size.
+    assert {case.plan.mode for case in by_model[measured.PRETRAINED]} == set(formulas.MODES)
+    # One key would otherwise hold two measurements, of which the second is never made.
+    assert measured.CASES["full, ZeRO-2"].shape is formulas.SHAPES["SmolLM2-135M"]
+    assert measured.CASES["44M: full, ZeRO-2"].shape.parameters == 44_052_864
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """A small model with its tokenizer, in a folder."""
+    folder = tmp_path / "policy"
+    tiny_llama(vocab_size=19, max_position_embeddings=128, rope_theta=77.0).save_pretrained(folder)
+    tiny_tokenizer(pad_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def test_a_model_of_another_size_is_written(formulas, measured, policy, tmp_path):
+    shape = formulas.Shape(layers=3, hidden=12, mlp=10, heads=4, kv_heads=2, head_dim=6, vocab=19, tied=True)
+    folder = measured.write_model(shape, policy, tmp_path / "other")
+    assert not (folder / "partial").exists()
+    written = AutoModelForCausalLM.from_pretrained(folder)
+    assert shape.parameters == sum(p.numel() for p in written.parameters())
+    assert {p.dtype for p in written.parameters()} == {torch.float32}
+    # All else is the other model's.
+    assert written.config.rope_parameters["rope_theta"] == 77.0
+    assert AutoTokenizer.from_pretrained(folder).pad_token == "<|endoftext|>"
+    weights = folder / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    measured.write_model(shape, policy, folder)
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="goes with 19 words, not with 20"):
+        measured.write_model(replace(shape, vocab=20), policy, tmp_path / "third")
 
 
 @pytest.mark.slow
-def test_a_case_is_measured(formulas, model, tmp_path, monkeypatch):
+def test_a_case_is_measured(formulas, model, measured, policy, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "RUNS", tmp_path)
-    tiny_llama(vocab_size=19, max_position_embeddings=128).save_pretrained(tmp_path / "policy")
-    tiny_tokenizer(pad_token="<|endoftext|>").save_pretrained(tmp_path / "policy")
-    plan = replace(model.SMALL, lora=4, completion=6, critic="separate")
-    (rank,) = model.run("tiny", plan, tmp_path / "policy")
+    plan = replace(measured.SMALL, lora=4, completion=6, critic="separate")
+    (rank,) = model.run("tiny", plan, policy)
     shape = formulas.Shape(2, 32, 48, 4, 2, 8, 19, False)
     assert rank["trained"] == formulas.trained(shape, plan)
     assert rank["length"] == plan.completion
-    assert 0 < rank["start_bytes"] < rank["peak_bytes"]
+    assert 0 < rank["start_bytes"] < rank["loading_bytes"] <= rank["preparing_bytes"] <= rank["peak_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_fsdp_is_measured_on_cpu_ranks(formulas, model, measured, policy, tmp_path, monkeypatch):
+    """Accelerate would fall back to plain data parallelism, which the trainer refuses."""
+    monkeypatch.setattr(model, "RUNS", tmp_path)
+    plan = replace(measured.SMALL, mode="fsdp2", ranks=2, completion=6)
+    ranks = model.run("tiny", plan, policy)
+    assert len(ranks) == 2
+    # Each rank counts whole tensors, of which it holds half.
+    assert {rank["trained"] for rank in ranks} == {
+        formulas.trained(formulas.Shape(2, 32, 48, 4, 2, 8, 19, False), plan)
+    }
