@@ -35,11 +35,7 @@ def study_figure(rows: Sequence[Mapping[str, Any]], arms: Sequence[Mapping[str, 
             colour = START if i < 0 else COLOURS[i % len(COLOURS)]
             seeds = [row for row in rows if row["arm"] == entry["arm"] and row["seed"] is not None]
             _points(ax, entry, seeds, metric, colour, MARKERS[i % len(MARKERS)])
-        ax.set(xlabel=label, ylim=(0, None))
-        ax.yaxis.set_major_formatter(PERCENT)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="0.9", linewidth=0.7)
-        ax.set_axisbelow(True)
+        _frame(ax, label)
     axes[0].set_ylabel("extremely negative completions")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
@@ -72,11 +68,7 @@ def tilt_figure(rows: Sequence[Mapping[str, Any]], laws: str = "reward model") -
         axes[0].plot([row["kl"] for row in path], rates, label=name, markersize=5, **style)
         axes[1].plot([row["outcomes"]["mean"] for row in path], rates, markersize=5, **style)
     for ax, (_, label) in zip(axes, PANELS, strict=True):
-        ax.set(xlabel=label, ylim=(0, None))
-        ax.yaxis.set_major_formatter(PERCENT)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="0.9", linewidth=0.7)
-        ax.set_axisbelow(True)
+        _frame(ax, label)
     axes[0].set_ylabel("extremely negative completions")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     return figure
@@ -86,6 +78,15 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG, and the folder it stands in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _frame(ax: Axes, label: str) -> None:
+    """A panel of rates, from 0 upwards."""
+    ax.set(xlabel=label, ylim=(0, None))
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.9", linewidth=0.7)
+    ax.set_axisbelow(True)
 
 
 def _points(
