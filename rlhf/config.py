@@ -77,6 +77,12 @@ class PPOConfig(WithoutSecrets, _BaseConfig):
         "Shift and scale the scores of a rollout by their running mean and standard deviation, so that measures of "
         "any level and scale mean the same to the KL penalty and to the critic. Logs keep the scores as they are.",
     )
+    score_baseline: str = _setting(
+        "none",
+        "'siblings': take the mean score of the other completions of the same prompt off each score, so that what the "
+        "prompt alone decides is no noise in the gradient; needs num_generations of 2 or more. 'none': the critic "
+        "alone is the baseline.",
+    )
     nonfinite_rewards: str = _setting(
         "exclude", "A NaN or infinite reward: 'exclude' the completion and count it, or 'raise'."
     )
@@ -198,6 +204,7 @@ class PPOConfig(WithoutSecrets, _BaseConfig):
         for name, choices in (
             ("kl_estimator", ("k1", "k2", "k3")),
             ("critic", ("shared", "separate")),
+            ("score_baseline", ("none", "siblings")),
             ("missing_eos_mode", ("subtract", "replace")),
             ("nonfinite_rewards", ("exclude", "raise")),
             ("failed_rewards", ("exclude", "raise")),
@@ -209,6 +216,12 @@ class PPOConfig(WithoutSecrets, _BaseConfig):
             "critic_model",
             "set only with critic='separate'",
             self.critic_model,
+        )
+        _require(
+            self.score_baseline == "none" or self.num_generations > 1,
+            "num_generations",
+            "2 or more with score_baseline='siblings'",
+            self.num_generations,
         )
         clip = self.reward_clip_range
         _require(

@@ -1,6 +1,5 @@
 """A risk measure of the predicted rating distribution as a TRL reward function."""
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from rlhf.attributes import WHOLE, build_objectives
 from rlhf.measures import RiskMeasure, RiskSpecError
 from rlhf.metrics import gather_objects
 from rlhf.objective import evaluate_together, learn_together
+from rlhf.rollout import prompt_digest
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class RiskReward:
         own = (
             None,
             {name: law.values for name, law in laws.items()},
-            [_digest(prompt) for prompt in prompts],
+            [prompt_digest(prompt) for prompt in prompts],
             weights,
         )
         ranks = gather_objects(own, process)
@@ -322,11 +322,6 @@ class RiskReward:
             )
         for name, objective in self.objectives.items():
             objective.load_state_dict(state[name])
-
-
-def _digest(prompt: Any) -> int:
-    """The same number for the same prompt on every rank; Python's own hash differs between processes."""
-    return int.from_bytes(hashlib.blake2b(repr(prompt).encode(), digest_size=7).digest(), "big")
 
 
 def _open_source(model: str | PreTrainedModel, reading: dict[str, Any]) -> DistributionSource:

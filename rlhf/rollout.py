@@ -1,6 +1,7 @@
 """From dataset rows to completions and what policy, reference and critic said about their tokens."""
 
 import contextlib
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -128,6 +129,11 @@ class RolloutSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.num_prompts // self.block * self.block * self.num_generations * self.repeats
+
+
+def prompt_digest(prompt: Any) -> int:
+    """The same number for the same prompt on every rank; Python's own hash differs between processes."""
+    return int.from_bytes(hashlib.blake2b(repr(prompt).encode(), digest_size=7).digest(), "big")
 
 
 def prompt_texts(prompts: list, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict | None = None) -> list[str]:

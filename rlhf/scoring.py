@@ -220,3 +220,40 @@ def normalized_scores(
     # Below the rounding of the difference there is no spread.
     scale = math.sqrt(variance) if variance > 1e-9 * max(second / weight, 1e-30) else 1.0
     return ((scores.double() - mean) / scale).to(scores.dtype), [weight, first, second]
+
+
+def above_siblings(scores: Tensor, prompts: Tensor) -> Tensor:
+    """Each score less the mean of the other completions of its prompt, the leave-one-out baseline.
+
+        s″ᵢ = sᵢ − 1/(n−1) Σ_{j≠i} sⱼ        over the n completions of one prompt
+
+    The baseline does not depend on completion i, so the expected gradient is the same; what the prompt alone decides
+    of a score, which no policy can change, no longer adds to its noise. In place of the prompt's part a share 1/(n−1)
+    of the variance between its completions comes in, so it gains wherever prompts differ more than that.
+
+    Args:
+        scores: (N,) of all processes; those that are not finite are nobody's siblings and stay as they are.
+        prompts: (N,) integers, equal for the completions of one prompt.
+
+    Returns:
+        (N,) in the dtype of `scores`. A completion whose siblings all failed is compared with all other completions,
+        and stays as it is where there are none.
+
+    Reference: Kool, van Hoof and Welling 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al.
+    2024, arXiv:2402.14740, for language models. Both use it in place of a critic; here the critic learns what is left.
+    """
+    finite = scores.isfinite()
+    values = torch.where(finite, scores, 0.0).double()
+    _, group = prompts.unique(return_inverse=True)
+    others, total = _others(values, finite, group)
+    every, total_of_every = _others(values, finite, torch.zeros_like(group))
+    baseline = torch.where(others > 0, total / others.clamp(min=1), total_of_every / every.clamp(min=1))
+    return (scores.double() - baseline).to(scores.dtype)
+
+
+def _others(values: Tensor, counts: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) number and (N,) sum of the other values of each one's group that count."""
+    sums = values.new_zeros(2, int(group.max()) + 1)
+    sums = sums.index_add(1, group, torch.stack([counts.double(), values]))
+    number, total = sums[:, group]
+    return number - counts.double(), total - values

@@ -44,9 +44,10 @@ from rlhf.rollout import (
     RolloutSampler,
     completions_of,
     left_pad,
+    prompt_digest,
     tokenize_prompts,
 )
-from rlhf.scoring import RewardFunctions, normalized_scores, shape_scores
+from rlhf.scoring import RewardFunctions, above_siblings, normalized_scores, shape_scores
 from rlhf.trackers import guard_trackers
 
 
@@ -180,6 +181,8 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
             rated, self.ppo_state.score_moments = normalized_scores(
                 scores, self.ppo_state.score_moments, self._all_sum
             )
+        if self.args.score_baseline == "siblings":
+            rated = self._above_siblings(rated, rows)
         rewards = token_rewards(rated, log_ratio, completion_mask, kl_coef, self.args.kl_estimator)
         if self.args.whiten_rewards:
             rewards = scale_only(rewards, completion_mask, all_sum=self._all_sum)
@@ -247,6 +250,13 @@ class PPOTrainer(DurableCheckpoints, FiniteUpdates, _BaseTrainer):
         if self.args.log_completions:
             self.completion_files.write(self.state.global_step, prompts, completions, scores)
         return scores
+
+    def _above_siblings(self, scores: Tensor, rows: list[dict]) -> Tensor:
+        """(B,) scores less the mean of their prompt's other completions, on whichever ranks these are."""
+        digests = torch.tensor([prompt_digest(row["prompt"]) for row in rows], device=scores.device)
+        everywhere, prompts = self.accelerator.gather(scores), self.accelerator.gather(digests)
+        start = self.accelerator.process_index * len(scores)
+        return above_siblings(everywhere, prompts)[start : start + len(scores)]
 
     # ---- One micro-batch --------------------------------------------------------------------------------------
 

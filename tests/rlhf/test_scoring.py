@@ -1,6 +1,7 @@
 """Reward functions of every kind, and what happens to scores that cannot be used."""
 
 import asyncio
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from tiny import tiny_config
 
 from rlhf.metrics import MetricAverages
 from rlhf.reward_calls import RewardError
-from rlhf.scoring import RewardFunctions, normalized_scores, shape_scores
+from rlhf.scoring import RewardFunctions, above_siblings, normalized_scores, shape_scores
 
 PROMPTS, COMPLETIONS = ["p", "q", "r"], ["a", "bb", "ccc"]
 
@@ -156,3 +157,38 @@ def test_equal_scores_are_only_shifted():
     assert scores.tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
     scores, _ = normalized_scores(torch.tensor([math.nan]), [0.0] * 3, lambda total: total)
     assert scores.isnan().all()
+
+
+def test_scores_above_siblings_by_hand():
+    scores = torch.tensor([1.0, 10.0, 2.0, math.nan, 4.0, 7.0])
+    prompts = torch.tensor([5, 9, 5, 9, 5, 2])
+    # Prompt 5: 1 - (2 + 4)/2, 2 - (1 + 4)/2, 4 - (1 + 2)/2. The sibling of 10 failed, 7 never had one: all others.
+    expected = [-2.0, 10 - 14 / 4, -0.5, math.nan, 2.5, 7 - 17 / 4]
+    assert above_siblings(scores, prompts).tolist() == pytest.approx(expected, nan_ok=True)
+    single = above_siblings(torch.tensor([3.0, math.nan]), torch.tensor([1, 2]))
+    assert single[0] == 3.0
+    assert single[1].isnan()
+
+
+def test_siblings_keep_the_expected_gradient_and_take_the_prompts_part_of_its_noise():
+    """Every outcome of two prompts with two completions each, of a softmax policy over three answers, in float64."""
+    logits = torch.tensor([0.3, -0.9, 0.5], dtype=torch.float64)
+    scores = torch.tensor([[5.0, 5.5, 4.0], [-5.0, -4.0, -5.5]], dtype=torch.float64)  # prompts differ, answers little
+    pi = logits.softmax(0)
+    exact = (pi * (scores - (scores @ pi).unsqueeze(1))).sum(0) / 2  # of the mean score over both prompts
+
+    def moments(baseline):
+        mean, square = torch.zeros(3, dtype=torch.float64), 0.0
+        for drawn in itertools.product(range(3), repeat=4):
+            probability = pi[list(drawn)].prod()
+            found = scores[[0, 0, 1, 1], list(drawn)]
+            if baseline:
+                found = above_siblings(found, torch.tensor([0, 0, 1, 1]))
+            gradient = (found.unsqueeze(1) * (torch.eye(3, dtype=torch.float64)[list(drawn)] - pi)).mean(0)
+            mean, square = mean + probability * gradient, square + probability * gradient.square().sum()
+        return mean, square - mean.square().sum()
+
+    plain, with_siblings = moments(False), moments(True)
+    torch.testing.assert_close(plain[0], exact)
+    torch.testing.assert_close(with_siblings[0], exact)
+    assert with_siblings[1] < 0.1 * plain[1]

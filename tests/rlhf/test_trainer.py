@@ -22,6 +22,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf.advantages import token_rewards
+from rlhf.config import PPOConfig
 from rlhf.durability import MANIFEST, files_of, flushed_checksums, seal
 from rlhf.masking import masked_sum
 from rlhf.reward_calls import RewardError
@@ -633,3 +634,29 @@ def test_level_and_scale_of_the_scores_mean_nothing_to_a_normalized_run(tmp_path
     control.train()
     with pytest.raises(AssertionError):
         assert_same(weights(plain), weights(control), atol=1e-5)
+
+
+def test_what_the_prompt_alone_decides_cancels_above_siblings(tmp_path):
+    def by_prompt(prompts, completions, **columns):
+        return [
+            score + 8 * len(prompt.split())
+            for prompt, score in zip(prompts, count_good(prompts, completions), strict=True)
+        ]
+
+    settings = {"num_generations": 4, "max_steps": 4}
+    siblings = {"score_baseline": "siblings", **settings}
+    plain = tiny_trainer(tmp_path / "plain", **siblings)
+    plain.train()
+    other = tiny_trainer(tmp_path / "other", reward=by_prompt, **siblings)
+    other.train()
+    assert_same(weights(plain), weights(other), atol=1e-5)
+    assert logged(other, "reward/score_mean")[0] > 15  # the log keeps the score itself
+    control = tiny_trainer(tmp_path / "control", reward=by_prompt, **settings)
+    control.train()
+    with pytest.raises(AssertionError):
+        assert_same(weights(plain), weights(control), atol=1e-5)
+
+
+def test_siblings_without_any_are_refused():
+    with pytest.raises(ValueError, match="num_generations must be 2 or more with score_baseline='siblings', got 1"):
+        PPOConfig(score_baseline="siblings")
