@@ -2,8 +2,10 @@
 
     make study-risk        (or, in pieces: python recipes/study_risk.py --arms mean cvar_population --seeds 1)
 
-Every arm is PPO of the quickstart's policy on its reward model, with the same prompts, size and KL target, the KL
-coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start alike. The arms are
+Every arm is PPO of the quickstart's policy on its reward model, with the same prompts and size, the mean of a
+prompt's other completions as baseline, and the KL coefficient adapting to one target (recipes/smollm2/study.yaml);
+arms of one seed start alike. No training ends exactly on its target, so each trained adapter is then brought to one
+and the same KL by its strength (recipes/rescale_adapter.py, on training prompts), and that policy is evaluated. Arms:
 
     base                the policy before training
     mean                --risk mean: what the others are compared with
@@ -15,30 +17,27 @@ coefficient adapting to it (recipes/smollm2/study.yaml); arms of one seed start 
                         half a point above the mean
     constraint          --risk mean --constraint "cvar:0.1 >= C". C is what the mean arm reached on its own, by the
                         reward model over the last quarter of its rollouts, plus 0.15: a bound that binds, yet near
+    mixed               0.5*mean+0.5*cvar:0.1, population scope: what the best policies at one KL speak for
+                        (benchmarks/best_policies.py)
     shallow             cvar:0.5, population scope: among the steepest falls of the tail in compare_risk.py; this and
                         all that follow but the selections only if asked for by --arms
     annealed            cvar:0.1, population scope, from alpha 1 (the mean) over the first 70 % of training
-    mixed               0.5*mean+0.5*cvar:0.1, population scope
-    recent              cvar:0.1, population scope, the law of ratings followed with a decay of 0.5 instead of 0.9
-    mixed_recent        as mixed, with that decay
-    larger              as recent, but rollouts of 48 completions, half as many
     tail_prompts        the mean, prompts drawn in proportion to the extremely negative mass of two answers of the base
                         (recipes/weigh_prompts.py), a quarter of them uniformly
-    tail_prompts_mixed  0.5*mean+0.5*cvar:0.1 as recent, on the same prompts
+    tail_prompts_mixed  0.5*mean+0.5*cvar:0.1, population scope, on the same prompts
     best_of_4_mean      the best of 4 answers of the base by the reward model's mean: no training, 4 times the cost of
     best_of_4_cvar      generation; the same by cvar:0.1 of each answer. Seeds 1, 2 and 3 have four answers each
 
 The judge, another model trained on other texts, rates held-out prompts, the same for all arms and seeds. An answer is
 extremely negative at or below the base's own 5 % quantile, frozen before any arm is looked at.
 
-Pieces (a training, an evaluation, a selection) that are complete are kept, an interrupted training continues at its
-last checkpoint, and seeds come in turn, so that an interrupted study is balanced. The result holds every piece that
-is finished, whichever call made it. Two calls at once, on one thread each (OMP_NUM_THREADS=1), took 7 to 8.5 minutes
-for a training of 22 rollouts and 5.5 for an evaluation of 288 prompts x 2: five arms, three seeds, base and selections
-about 1.8 hours so, more in one call after the other.
+Pieces (a training, a rescaling, an evaluation, a selection) that are complete are kept, an interrupted training
+continues at its last checkpoint, and seeds come in turn, so that an interrupted study is balanced. The result holds
+every piece that is finished, whichever call made it; --kl 1 afterwards evaluates the same trainings at 1 nat (give it
+a --result and a --figure of its own).
 
 Writes benchmarks/results/risk_study.json (its keys: docs/study.md), docs/images/risk_study.png
-and prints tables. Arms are compared as they ended; nothing is interpolated where their KL differs, but it is said.
+and prints tables. Where the KL of two arms differs all the same, beyond their intervals, it is said.
 """
 
 import argparse
@@ -67,30 +66,24 @@ from eval.tail import Threshold
 from rlhf.durability import newest_sound
 
 ROOT = Path(__file__).resolve().parents[1]
-# The decay with which the study was made; RECENT has the default.
-POPULATION = ("--risk_scope", "population", "--population_decay", "0.9")
-RECENT = ("--risk_scope", "population", "--population_decay", "0.5")
+POPULATION = ("--risk_scope", "population")
 TRAINED: dict[str, tuple[str, ...]] = {
     "mean": ("--risk", "mean"),
     "cvar_response": ("--risk", "cvar:0.1"),
     "cvar_population": ("--risk", "cvar:0.1", *POPULATION),
     "mean_variance": ("--risk", "mean_variance:0.47", *POPULATION),
     "constraint": ("--risk", "mean", "--constraint"),
+    "mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *POPULATION),
     "shallow": ("--risk", "cvar:0.5", *POPULATION),
     "annealed": ("--risk", "cvar:0.1", *POPULATION, "--risk_schedule", "linear", "--risk_schedule_span", "0", "0.7"),
-    "mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *POPULATION),
-    "recent": ("--risk", "cvar:0.1", *RECENT),
-    "mixed_recent": ("--risk", "0.5*mean+0.5*cvar:0.1", *RECENT),
-    "larger": ("--risk", "cvar:0.1", *RECENT),
     "tail_prompts": ("--risk", "mean"),
-    "tail_prompts_mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *RECENT),
+    "tail_prompts_mixed": ("--risk", "0.5*mean+0.5*cvar:0.1", *POPULATION),
 }
-LARGER = {"larger": 2}  # times the completions of a rollout, with as many rollouts fewer
 WEIGHED = ("tail_prompts", "tail_prompts_mixed")
 N = 4
 SELECTED = {f"best_of_{N}_mean": "mean", f"best_of_{N}_cvar": "cvar:0.1"}
 ARMS = ("base", *TRAINED, *SELECTED)
-ON_DEMAND = ("shallow", "annealed", "mixed", "recent", "mixed_recent", "larger", *WEIGHED)
+ON_DEMAND = ("shallow", "annealed", *WEIGHED)
 ALL_SEEDS = (1, 2, 3)
 MARGIN = 0.15
 
@@ -126,7 +119,7 @@ class Study:
     """
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.folder = options, options.output_dir
+        self.options, self.folder, self.at = options, options.output_dir, f"kl-{options.kl:g}"
         self.ppo, self.evaluation = (yaml.safe_load(path.read_text()) for path in (options.ppo, options.evaluation))
         self.policy, self.reward_model = self.ppo["model_name_or_path"], self.ppo["reward_model"]
         for path in (self.policy, self.reward_model, self.evaluation["judge"].partition(":")[2]):
@@ -136,23 +129,31 @@ class Study:
     # Pieces ---------------------------------------------------------------------------------------------------------
 
     def training(self, arm: str, seed: int) -> Piece:
-        flags, depends, times = TRAINED[arm], (self.ppo,), LARGER.get(arm, 1)
+        flags, depends = TRAINED[arm], (self.ppo,)
         if arm == "constraint":
             flags = (*flags, f"cvar:0.1 >= {self.bound():g}")
         if arm in WEIGHED:
             weighing = self.weighing()
             flags = (*flags, "--dataset_name", str(weighing.output), "--prompt_weight_column", "prompt_weight")
             depends = (*depends, weighing.identity)
-        if times > 1:
-            size = times * self.ppo["per_device_train_batch_size"]
-            flags = (*flags, "--per_device_train_batch_size", str(size))
-        rollouts = max(1, self.options.rollouts // times)
-        steps = rollouts * self.ppo["num_ppo_epochs"] * self.ppo.get("num_mini_batches", 1)
+        steps = self.options.rollouts * self.ppo["num_ppo_epochs"] * self.ppo.get("num_mini_batches", 1)
         output = self.folder / "policies" / f"{arm}-{seed}"
         command = ("recipes/ppo.py", "--config", str(self.options.ppo), *flags, "--seed", str(seed))
         command += ("--max_steps", str(steps), "--kl_target", f"{self.options.kl_target:g}")
         command += ("--output_dir", str(output))
         return Piece(f"train-{arm}-{seed}", command, output, True, depends)
+
+    def rescaling(self, arm: str, seed: int) -> Piece:
+        """The trained adapter at the KL of the comparison."""
+        training, name, kl = self.training(arm, seed), label(arm, seed), self.options.kl
+        folder = self.folder / "rescaled" / name
+        command = ("recipes/rescale_adapter.py", "--policy", str(training.output), "--kl", f"{kl:g}")
+        command += ("--dataset_name", self.ppo["dataset_name"], "--output_dir", str(folder))
+        command += ("--max_prompts", str(self.options.prompts))
+        command += ("--max_new_tokens", str(self.evaluation["max_new_tokens"]))
+        command += ("--dtype", self.evaluation.get("dtype", "auto"))
+        command += ("--batch_size", str(self.evaluation["batch_size"]))
+        return Piece(f"rescale-{name}-{self.at}", command, folder / self.at, depends=(training.identity,))
 
     def weighing(self) -> Piece:
         """The training prompts with weights by the tail of the base's answers."""
@@ -166,6 +167,7 @@ class Study:
     def evaluation_of(self, arm: str, seed: int | None = None) -> Piece:
         """Generating and judging, or judging alone for a selection."""
         name, samples, depends = label(arm, seed), self.options.num_samples, (self.evaluation,)
+        output = self.folder / "evaluation" / name / "report.json"
         flags = ("--base", self.policy)
         if arm == "base":
             samples = max(N * len(ALL_SEEDS), samples)
@@ -175,16 +177,17 @@ class Study:
             flags += ("--completions", f"{name}={selection.output}")
             depends += (selection.identity,)
         else:
-            training = self.training(arm, seed)
-            flags += ("--policies", f"{name}={training.output}")
-            depends += (training.identity,)
+            policy = self.rescaling(arm, seed)
+            flags += ("--policies", f"{name}={policy.output}")
+            depends += (policy.identity,)
+            output = output.parents[1] / self.at / name / "report.json"
         if arm != "base":
             flags += ("--threshold", repr(self.threshold().value))
-        output = self.folder / "evaluation" / name / "report.json"
         command = ("recipes/evaluate.py", "--config", str(self.options.evaluation), *flags, "--reference", name)
         command += ("--max_prompts", str(self.options.prompts), "--num_samples", str(samples))
         command += ("--output_dir", str(output.parent))
-        return Piece(f"evaluate-{name}", command, output, depends=depends)
+        piece = f"evaluate-{name}-{self.at}" if arm in TRAINED else f"evaluate-{name}"
+        return Piece(piece, command, output, depends=depends)
 
     def selection(self, arm: str, seed: int) -> Piece:
         base, name = self.evaluation_of("base"), label(arm, seed)
@@ -198,7 +201,9 @@ class Study:
         """What makes a run, in order. Commands may hold numbers that earlier pieces found."""
         if arm == "base":
             return [self.evaluation_of(arm)]
-        made = [self.selection(arm, seed) if arm in SELECTED else self.training(arm, seed)]
+        if arm in SELECTED:
+            return [self.selection(arm, seed), self.evaluation_of(arm, seed)]
+        made = [self.training(arm, seed), self.rescaling(arm, seed)]
         if arm in WEIGHED:
             made = [self.weighing(), *made]
         return [*made, self.evaluation_of(arm, seed)]
@@ -323,7 +328,7 @@ class Study:
             result = PolicyResult(
                 name, completions, judgement_from_rows(read_jsonl(folder / "scores" / f"{name}.jsonl"))
             )
-            path = self.folder / "reward_model" / f"{name}.jsonl"
+            path = folder / "reward_model.jsonl"
             predicted = judge_completions(reward_model, completions, path=path, name=f"{name} by the reward model")
             trained = {}
             if arm in TRAINED:
@@ -336,6 +341,7 @@ class Study:
             "cvar_alpha": measurement.cvar_alpha,
             "level": measurement.level,
             "resamples": measurement.resamples,
+            "kl": self.options.kl,
             "kl_target": self.options.kl_target,
             "rollouts": self.options.rollouts,
             "constraint_bound": self.bound() if self._bound_is_known() else None,
@@ -389,10 +395,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--arms", nargs="+", choices=ARMS, default=default, help="Default: all but " + " ".join(ON_DEMAND)
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(ALL_SEEDS), help="Of the trainings: 1 2 3.")
-    parser.add_argument("--rollouts", type=int, default=22, help="Of each training. Default: 22.")
-    parser.add_argument("--kl_target", type=float, default=4.0, help="Nats per completion, for all arms. Default: 4.")
+    parser.add_argument("--rollouts", type=int, default=16, help="Of each training. Default: 16.")
+    parser.add_argument("--kl_target", type=float, default=4.0, help="Nats per completion, of training. Default: 4.")
+    parser.add_argument("--kl", type=float, default=2.0, help="Nats at which arms are compared. Default: 2.")
     parser.add_argument("--prompts", type=int, default=288, help="Held-out prompts. Default: 288.")
-    parser.add_argument("--num_samples", type=int, default=2, help="Completions of each. Default: 2.")
+    parser.add_argument("--num_samples", type=int, default=4, help="Completions of each. Default: 4.")
     parser.add_argument("--constraint_bound", type=float, help="C of the constraint. Default: read off the mean arm.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/risk_study"), help="Folder of the pieces.")
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/risk_study.json"), help="JSON.")
@@ -405,8 +412,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rollouts < 1 or options.prompts < 2 or options.num_samples < 1 or min(options.seeds) < 0:
         parser.error("--rollouts and --num_samples are at least 1, --prompts at least 2, seeds 0 or more")
-    if not (options.kl_target > 0 and math.isfinite(options.kl_target)):
-        parser.error(f"--kl_target must be above 0 nats, got {options.kl_target}")
+    for name in ("kl", "kl_target"):
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name} must be above 0 nats, got {getattr(options, name)}")
     # The order of ARMS: the constraint needs the mean arm.
     options.arms = [arm for arm in ARMS if arm in options.arms]
     return options

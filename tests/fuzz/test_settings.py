@@ -17,7 +17,6 @@ PARSERS = {name: RecipeParser(recipe.GROUPS) for name, recipe in RECIPES.items()
 SHIPPED = {
     "qrm": "train_qrm", "judge": "train_qrm", "gate": "train_gate", "ppo": "ppo", "evaluate": "evaluate",
     "evaluate_reward": "evaluate_reward", "data": "prepare_data", "study": "ppo", "study_evaluate": "evaluate",
-    "study_large": "ppo", "study_large_evaluate": "evaluate",
 }  # fmt: skip
 
 SCALARS = st.one_of(

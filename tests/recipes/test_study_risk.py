@@ -62,6 +62,9 @@ class Machine:
         if script == "weigh_prompts.py":
             Path(flags["--output_dir"]).mkdir(parents=True)
             return 0
+        if script == "rescale_adapter.py":
+            Path(flags["--output_dir"], f"kl-{flags['--kl']}").mkdir(parents=True)
+            return 0
         return self.evaluate(flags)
 
     def train(self, flags):
@@ -143,7 +146,7 @@ def test_seeds_come_in_turn_and_the_result_is_whole(models, tmp_path, machine, c
     arms = ["best_of_4_cvar", "constraint", "mean"]
     run(models, tmp_path, "--arms", *arms, "--seeds", 1, 2, "--rollouts", 3)
     runs = [f"{arm}-{seed}" for seed in (1, 2) for arm in ("mean", "constraint", "best_of_4_cvar")]
-    assert machine.made == ["base", *(name for name in runs for _ in range(2))]
+    assert machine.made == ["base", *(name for name in runs for _ in range(2 if name.startswith("best") else 3))]
     trainings = [call for call in machine.calls if call[0] == "recipes/ppo.py"]
     # The last quarter of 8 rollouts of the mean arm reached (-0.3 - 0.2)/2; the bound lies 0.15 above.
     assert ["--constraint" in call for call in trainings] == [False, True, False, True]
@@ -158,7 +161,7 @@ def test_seeds_come_in_turn_and_the_result_is_whole(models, tmp_path, machine, c
         ("best_of_4_cvar", 1), ("best_of_4_cvar", 2),
     ]  # fmt: skip
     # Three seeds of selections of 4 need 12 answers of the base; each has its own.
-    assert [r["n"] for r in found["rows"]] == [144, 24, 24, 24, 24, 12, 12]
+    assert [r["n"] for r in found["rows"]] == [144, 48, 48, 48, 48, 12, 12]
     selections = [call for call in machine.calls if call[0] == "recipes/best_of_n.py"]
     assert [call[call.index("--skip") + 1] for call in selections] == ["0", "4"]
     assert found["rows"][1]["training"]["kl"] == [0.5 * i for i in range(1, 9)]
@@ -176,12 +179,30 @@ def test_finished_pieces_are_kept_and_pieces_add_up(models, tmp_path, machine):
     run(models, tmp_path, "--arms", "mean", "--seeds", 1)
     assert len(machine.calls) == done
     run(models, tmp_path, "--arms", "cvar_population", "--seeds", 2, 1)
-    assert machine.made[done:] == ["cvar_population-2"] * 2 + ["cvar_population-1"] * 2
+    assert machine.made[done:] == ["cvar_population-2"] * 3 + ["cvar_population-1"] * 3
     found = result_of(tmp_path)
     assert [(r["arm"], r["seed"]) for r in found["rows"]][1:] == [
         ("mean", 1), ("cvar_population", 1), ("cvar_population", 2),
     ]  # fmt: skip
     assert {tuple(c["seeds"]) for c in found["comparisons"] if c["arm"] == "cvar_population"} == {(1,)}
+
+
+def test_the_same_trainings_are_compared_at_another_kl(models, tmp_path, machine):
+    run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 1)
+    done = len(machine.calls)
+    evaluated = [call for call in machine.calls if call[0] == "recipes/evaluate.py"][1]
+    assert evaluated[evaluated.index("--policies") + 1] == f"mean-1={tmp_path}/runs/rescaled/mean-1/kl-2"
+    assert result_of(tmp_path)["kl"] == 2
+    run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 1, "--kl", 0.5)
+    again = machine.calls[done:]
+    assert [call[0] for call in again] == ["recipes/rescale_adapter.py", "recipes/evaluate.py"]
+    assert again[1][again[1].index("--policies") + 1] == f"mean-1={tmp_path}/runs/rescaled/mean-1/kl-0.5"
+    found = result_of(tmp_path)
+    assert found["kl"] == 0.5
+    assert [r["arm"] for r in found["rows"]] == ["base", "mean", "best_of_4_mean"]
+    # Nothing of the first is gone.
+    run(models, tmp_path, "--arms", "mean", "--seeds", 1)
+    assert len(machine.calls) == done + 2
 
 
 def test_an_interrupted_training_continues_at_its_checkpoint(models, tmp_path, machine):
@@ -193,7 +214,7 @@ def test_an_interrupted_training_continues_at_its_checkpoint(models, tmp_path, m
     run(models, tmp_path, "--arms", "mean", "--seeds", 1)
     again = machine.calls[2]
     assert again[-2:] == ["--resume_from_checkpoint", str(tmp_path / "runs" / "policies" / "mean-1" / "checkpoint-8")]
-    assert machine.made == ["base", "mean-1", "mean-1", "mean-1"]
+    assert machine.made == ["base", *["mean-1"] * 4]
 
 
 def test_a_training_without_a_checkpoint_starts_over(models, tmp_path, machine):
@@ -218,20 +239,21 @@ def test_the_constraint_needs_the_mean_arm_or_a_bound(models, tmp_path, machine)
     with pytest.raises(SystemExit, match="read off the mean arm"):
         run(models, tmp_path, "--arms", "constraint", "--seeds", 1)
     run(models, tmp_path, "--arms", "constraint", "--seeds", 1, "--constraint_bound", -0.75)
-    training = machine.calls[-2]
+    training = machine.calls[-3]
     assert training[training.index("--constraint") + 1] == "cvar:0.1 >= -0.75"
     assert result_of(tmp_path)["comparisons"] == []
 
 
 def test_a_seed_beyond_the_third_trains_and_selects_nothing(models, tmp_path, machine):
     run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 7)
-    assert machine.made == ["base", "mean-7", "mean-7"]
+    assert machine.made == ["base", "mean-7", "mean-7", "mean-7"]
     assert result_of(tmp_path)["warnings"] == []
 
 
 def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
     run(models, tmp_path, "--arms", *recipe.ARMS, "--seeds", 1)
-    ppo, evaluate, select, weigh = (load_recipe(name) for name in ("ppo", "evaluate", "best_of_n", "weigh_prompts"))
+    names = ("ppo", "evaluate", "best_of_n", "weigh_prompts", "rescale_adapter")
+    ppo, evaluate, select, weigh, rescale = (load_recipe(name) for name in names)
     groups = {
         "recipes/ppo.py": (ppo.DataArguments, ppo.RewardArguments, PPOConfig, ModelConfig),
         "recipes/evaluate.py": (
@@ -239,6 +261,7 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
         ),
         "recipes/best_of_n.py": (select.SelectionArguments,),
         "recipes/weigh_prompts.py": (weigh.WeighArguments,),
+        "recipes/rescale_adapter.py": (rescale.RescaleArguments,),
     }  # fmt: skip
     objectives, completions, weighted = [], [], []
     for script, *flags in machine.calls:
@@ -250,27 +273,32 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
             completions.append(args.max_steps // 2 * args.rollout_size)
             weighted.append((args.prompt_weight_column, arguments[0].dataset_name.endswith("tail_prompts")))
             assert (args.kl_target, args.seed) == (4.0, 1)
-    assert completions == [22 * 24] * 13, "every arm learns from as many completions"
-    assert weighted == [(None, False)] * 11 + [("prompt_weight", True)] * 2
+    assert completions == [16 * 96] * 10, "every arm learns from as many completions"
+    assert weighted == [(None, False)] * 8 + [("prompt_weight", True)] * 2
     assert objectives == [
         "mean",
         "cvar:0.1",
         "population cvar:0.1",
         "population mean_variance:0.47",
         "mean; cvar:0.1 >= -0.1",
+        "population 0.5*mean+0.5*cvar:0.1",
         "population cvar:0.5",
         "population mean -> cvar:0.1 (linear, 0 to 0.7)",
-        "population 0.5*mean+0.5*cvar:0.1",
-        "population cvar:0.1",
-        "population 0.5*mean+0.5*cvar:0.1",
-        "population cvar:0.1",
         "mean",
         "population 0.5*mean+0.5*cvar:0.1",
     ]
 
 
 @pytest.mark.parametrize(
-    "flags", [["--rollouts", "0"], ["--arms", "median"], ["--prompts", "1"], ["--kl_target", "0"], ["--seeds", "-1"]]
+    "flags",
+    [
+        ["--rollouts", "0"],
+        ["--arms", "median"],
+        ["--prompts", "1"],
+        ["--kl", "0"],
+        ["--kl_target", "inf"],
+        ["--seeds", "-1"],
+    ],
 )
 def test_bad_options_end_before_any_work(models, tmp_path, machine, flags):
     with pytest.raises(SystemExit):
