@@ -191,8 +191,8 @@ def test_the_same_trainings_are_compared_at_another_kl(models, tmp_path, machine
     run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 1)
     done = len(machine.calls)
     evaluated = [call for call in machine.calls if call[0] == "recipes/evaluate.py"][1]
-    assert evaluated[evaluated.index("--policies") + 1] == f"mean-1={tmp_path}/runs/rescaled/mean-1/kl-2"
-    assert result_of(tmp_path)["kl"] == 2
+    assert evaluated[evaluated.index("--policies") + 1] == f"mean-1={tmp_path}/runs/rescaled/mean-1/kl-4"
+    assert result_of(tmp_path)["kl"] == 4
     run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 1, "--kl", 0.5)
     again = machine.calls[done:]
     assert [call[0] for call in again] == ["recipes/rescale_adapter.py", "recipes/evaluate.py"]
@@ -273,7 +273,7 @@ def test_every_command_is_one_that_its_recipe_takes(models, tmp_path, machine):
             completions.append(args.max_steps // 2 * args.rollout_size)
             weighted.append((args.prompt_weight_column, arguments[0].dataset_name.endswith("tail_prompts")))
             assert (args.kl_target, args.seed) == (4.0, 1)
-    assert completions == [16 * 96] * 10, "every arm learns from as many completions"
+    assert completions == [20 * 96] * 10, "every arm learns from as many completions"
     assert weighted == [(None, False)] * 8 + [("prompt_weight", True)] * 2
     assert objectives == [
         "mean",
