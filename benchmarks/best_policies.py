@@ -65,7 +65,7 @@ def of_seed(seed: int) -> dict[str, Any]:
 
 
 def generate(seed: int) -> None:
-    settings = ("--config", "recipes/smollm2/study_large_evaluate.yaml", "--base", POLICY, "--reference", "base")
+    settings = ("--config", "recipes/smollm2/study_evaluate.yaml", "--base", POLICY, "--reference", "base")
     settings += ("--policies", f"base={POLICY}", "--max_prompts", str(PROMPTS), "--num_samples", str(SAMPLES))
     run("recipes/evaluate.py", *settings, "--seed", str(seed), "--output_dir", str(RUNS / f"base-{seed}"))
 

@@ -76,6 +76,13 @@ class CompareArguments:
     reference_quantile: float = field(
         default=0.05, metadata={"help": "Completions this low among all are extremely negative (for --kl)."}
     )
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Score at or below which a completion is extremely negative, where it is known from elsewhere. "
+            "Unset: by reference_quantile."
+        },
+    )
     output_dir: str = field(default=None, metadata={"help": "Folder to write to (required)."})
     n: int | None = field(default=None, metadata={"help": "Completions per prompt. Unset: all that there are."})
     confidence: float = field(default=0.95, metadata={"help": "Level of the intervals."})
@@ -111,7 +118,7 @@ def main(args: CompareArguments) -> None:
     masses = judgement.tail_mass(args.rating_threshold)
     shape = laws.batch_shape
     scores = judgement.scores.reshape(shape)
-    threshold = float(np.quantile(scores, args.reference_quantile))
+    threshold = float(np.quantile(scores, args.reference_quantile)) if args.threshold is None else args.threshold
     outcomes = {"mean": scores, "tail": masses.reshape(shape)}
     if state.is_main_process:
         table = compare(measures, laws, outcomes, args)
@@ -121,7 +128,7 @@ def main(args: CompareArguments) -> None:
         tilts = [
             {"laws": name, **row}
             for name, of in (("reward model", laws), ("judge", judged))
-            for row in compare_tilts(measures, of, with_rate, args)
+            for row in compare_tilts(measures, of, with_rate, args, distances(rows, shape))
         ]
         result: Row = {
             "completions": args.completions,
@@ -133,7 +140,7 @@ def main(args: CompareArguments) -> None:
             "level": args.confidence,
             "measures": table,
             "measures_by_the_judges_laws": ceiling,
-            "reference_quantile": args.reference_quantile,
+            "reference_quantile": args.reference_quantile if args.threshold is None else None,
             "threshold": threshold,
             "tilts": tilts,
         }
@@ -161,6 +168,8 @@ def check_arguments(args: CompareArguments) -> dict[str, tuple[str, RiskMeasure]
     check_level(args.confidence)
     if not all(0 < kl < math.inf for kl in args.kl):
         raise ValueError(f"--kl takes distances above 0, in nats per completion, got {args.kl}")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise ValueError(f"--threshold must be a finite score, got {args.threshold}")
     if not 0 < args.reference_quantile < 1:
         raise ValueError(f"--reference_quantile must lie between 0 and 1, got {args.reference_quantile}")
     measures = {"mean": ("response", parse_risk("mean"))}
@@ -211,8 +220,15 @@ def compare_tilts(
     laws: RewardDistribution,
     outcomes: dict[str, np.ndarray],
     args: CompareArguments,
+    moved: np.ndarray | None,
 ) -> list[Row]:
-    """One row per KL and measure: what the best policy at that KL would do, and how that differs from the mean's."""
+    """One row per KL and measure: what the best policy at that KL would do, and how that differs from the mean's.
+
+    Args:
+        measures, laws, outcomes, args: As for `compare`.
+        moved: (P, n) log(π/π₀) of each completion; with it a row says how far the best policy at a KL from π is from
+            π₀, E log(w/π) + E log(π/π₀).
+    """
     laws, rows = laws.to(torch.float64), []
     draws = prompt_draws(laws.batch_shape[0], args.resamples, args.seed)
     for kl in args.kl:
@@ -231,8 +247,15 @@ def compare_tilts(
                     for key, values in outcomes.items()
                 }
             reached = {key: float((weights * values).sum(1).mean()) for key, values in outcomes.items()}
-            rows.append({"kl": kl, "measure": name, "outcomes": reached, "change": change})
+            total = None if moved is None else kl + float((weights * moved).sum(1).mean())
+            rows.append({"kl": kl, "measure": name, "kl_to_base": total, "outcomes": reached, "change": change})
     return rows
+
+
+def distances(rows: list[Row], shape: tuple[int, ...]) -> np.ndarray | None:
+    """(P, n) log(π/π₀) of the completions by what drew them, None where any of them does not know."""
+    known = [row["kl_k1_sum"] for row in rows]
+    return None if None in known else np.array(known, dtype=np.float64).reshape(shape)
 
 
 def printed_tilts(rows: list[Row]) -> str:

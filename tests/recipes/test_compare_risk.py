@@ -131,6 +131,25 @@ def test_best_policies_at_a_kl(folder, tmp_path, capsys):
     assert "generate more per prompt" in printed
 
 
+def test_best_policies_from_a_policy_that_has_moved(folder, tmp_path):
+    """A threshold from elsewhere, and how far from the base the best policies at a KL from the tuned one are."""
+    scores = laws_of(folder, "judge").mean().numpy().reshape(8, 3)
+    threshold = float(np.median(scores))
+    run(folder, tmp_path, kl=[0.3], risks=["cvar:0.2"], threshold=threshold)
+    result = json.loads((tmp_path / "compare_risk.json").read_text())
+    assert (result["threshold"], result["reference_quantile"]) == (threshold, None)
+    weights = tilt(parse_risk("cvar:0.2")(laws_of(folder, "reward")).numpy().reshape(8, 3), 0.3)
+    row = result["tilts"][1]
+    assert row["outcomes"]["rate"] == pytest.approx((weights * (scores <= threshold)).sum(1).mean(), rel=1e-4)
+    # The rows are 0, 0.25 and 0.5 nats from their base.
+    moved = np.array([0.0, 0.25, 0.5])
+    assert row["kl_to_base"] == pytest.approx(0.3 + (weights * moved).sum(1).mean(), rel=1e-4)
+    rows = [json.loads(line) | {"kl_k1_sum": None} for line in (folder / "base.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "unknown.jsonl", rows)
+    run(folder, tmp_path, completions=tmp_path / "unknown.jsonl", kl=[0.3], risks=["cvar:0.2"])
+    assert json.loads((tmp_path / "compare_risk.json").read_text())["tilts"][1]["kl_to_base"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -142,6 +161,7 @@ def test_best_policies_at_a_kl(folder, tmp_path, capsys):
         ({"confidence": 1.5}, "level"),
         ({"kl": [0.5, 0.0]}, "distances above 0"),
         ({"reference_quantile": 1.0}, "between 0 and 1"),
+        ({"threshold": float("nan")}, "a finite score"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(folder, tmp_path, changes, message):
