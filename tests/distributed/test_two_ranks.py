@@ -37,8 +37,8 @@ RISK = {
         # Several micro-batches, so that old and new log-probabilities come from two passes; one pass serves the rest.
         "per_device_train_batch_size": 2,
     },
-    # One prompt, half of whose completions lie on either rank.
-    "siblings": {"score_baseline": "siblings", "num_generations": 8, "normalize_scores": True},
+    # Siblings that are not all of one rank.
+    "siblings": {"score_baseline": "siblings", "num_generations": 2, "siblings_by_length": True},
 }
 # A second pass over each rollout, in which most tokens are clipped; held-out prompts that two ranks cannot halve.
 CLIPPED = {

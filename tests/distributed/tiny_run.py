@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import logged, tiny_llama, tiny_prompts, tiny_qrm, tiny_tokenizer, tiny_trainer
 
+import rlhf.trainer
 from rlhf.leaving import end_of_rank
 from rlhf.preflight import actual_launch, check_mode
 from rlhf.reward_function import RiskReward
@@ -42,6 +43,9 @@ def run(output: Path, source: Path, settings: dict) -> None:
         settings["reward"] = RiskReward(
             tiny_qrm(), "cvar:0.3", scope="population", constraints=["below:0 <= 0.2"], tokenizer=tiny_tokenizer()
         )
+    if settings.pop("siblings_by_length", False):
+        # Greedy completions of one prompt are all the same, and their scores too; those of different prompts are not.
+        rlhf.trainer.prompt_digest = lambda prompt: len(prompt.split())
     model = str(source) if source.is_dir() else tiny_llama(initializer_range=0.3)
     held_out = settings.pop("held_out", None)
     if held_out is not None:
