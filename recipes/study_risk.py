@@ -397,7 +397,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(ALL_SEEDS), help="Of the trainings: 1 2 3.")
     parser.add_argument("--rollouts", type=int, default=20, help="Of each training. Default: 20.")
     parser.add_argument("--kl_target", type=float, default=4.0, help="Nats per completion, of training. Default: 4.")
-    parser.add_argument("--kl", type=float, default=4.0, help="Nats at which arms are compared. Default: 4.")
+    parser.add_argument("--kl", type=float, default=3.0, help="Nats at which arms are compared. Default: 3.")
     parser.add_argument("--prompts", type=int, default=288, help="Held-out prompts. Default: 288.")
     parser.add_argument("--num_samples", type=int, default=4, help="Completions of each. Default: 4.")
     parser.add_argument("--constraint_bound", type=float, help="C of the constraint. Default: read off the mean arm.")
