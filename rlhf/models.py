@@ -20,6 +20,9 @@ from reward import loading
 from rlhf.config import PPOConfig
 from rlhf.critic import ActorCritic
 
+# Of `model_init_kwargs`: where files come from, for the tokenizer as for the weights.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+
 
 def load_policy(model: str | PreTrainedModel, args: PPOConfig) -> PreTrainedModel:
     """The policy, loaded from a folder or hub id, or as given.
@@ -58,7 +61,11 @@ def load_critic_trunk(policy_source: str | PreTrainedModel, args: PPOConfig) -> 
         if trunk is None:
             raise ValueError("critic='separate' needs critic_model, because the policy was passed as an object.")
         return copy.deepcopy(trunk)
-    return loading.load_model(AutoModel, source, **_init_kwargs(args))
+    options = _init_kwargs(args)
+    if args.critic_model is not None:
+        # A revision is a commit of the policy's repository, which the critic's knows nothing of.
+        options.pop("revision", None)
+    return loading.load_model(AutoModel, source, **options)
 
 
 def load_tokenizer(
@@ -71,8 +78,9 @@ def load_tokenizer(
     """
     if tokenizer is None:
         name = source if isinstance(source, str) else source.config.name_or_path
-        revision = (args.model_init_kwargs or {}).get("revision")
-        tokenizer = loading.load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        given = args.model_init_kwargs or {}
+        hub = {key: given[key] for key in HUB_ARGUMENTS if key in given}
+        tokenizer = loading.load_tokenizer(name, trust_remote_code=args.trust_remote_code, **hub)
     if args.pad_token is not None:
         # Not by id: a pad token that is the unknown token too, as SmolLM2 has it, is in the vocabulary all the same.
         if args.pad_token not in tokenizer.get_vocab():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -19,7 +20,7 @@ from tiny import (
     tiny_tokenizer,
     tiny_trainer,
 )
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf.advantages import token_rewards
 from rlhf.config import PPOConfig
@@ -660,3 +661,31 @@ def test_what_the_prompt_alone_decides_cancels_above_siblings(tmp_path):
 def test_siblings_without_any_are_refused():
     with pytest.raises(ValueError, match="num_generations must be 2 or more with score_baseline='siblings', got 1"):
         PPOConfig(score_baseline="siblings")
+
+
+def test_the_tokenizer_comes_from_where_the_weights_come_from(tmp_path, monkeypatch):
+    """A gated model whose token reached the weights alone could not be trained; seen here by what is asked for."""
+    tiny_llama().save_pretrained(tmp_path / "policy")
+    tiny_tokenizer().save_pretrained(tmp_path / "policy")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "critic")
+    asked = {}
+
+    def spy(of):
+        def from_pretrained(place, *args, **kwargs):
+            asked[of, Path(place).name] = {key: kwargs.get(key) for key in ("revision", "token")}
+            return real[of](place, *args, **kwargs)
+
+        return from_pretrained
+
+    classes = {"tokenizer": AutoTokenizer, "policy": AutoModelForCausalLM, "critic": AutoModel}
+    real = {name: of.from_pretrained for name, of in classes.items()}
+    for name, of in classes.items():
+        monkeypatch.setattr(of, "from_pretrained", spy(name))
+    settings = {"token": "hf_secret", "revision": "abc"}
+    args = tiny_config(
+        tmp_path / "run", model_init_kwargs=settings, critic="separate", critic_model=str(tmp_path / "critic")
+    )
+    PPOTrainer(str(tmp_path / "policy"), count_good, args, tiny_prompts())
+    assert asked["policy", "policy"] == settings
+    assert asked["tokenizer", "policy"] == settings
+    assert asked["critic", "critic"] == {"token": "hf_secret", "revision": None}
