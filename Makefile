@@ -31,7 +31,7 @@ quickstart: install
 	$(BIN)/python recipes/quickstart.py
 
 study-risk: install
-	$(BIN)/python recipes/study_risk.py
+	$(BIN)/python recipes/study_risk.py --document docs/results.md
 
 bench: install
 	$(BIN)/python recipes/prepare_data.py

@@ -25,6 +25,7 @@ CURVES = {
     "effective_samples": "risk/effective_samples",
 }
 RANKS = 200
+BEGIN, END = "<!-- begin: make study-risk -->", "<!-- end: make study-risk -->"
 
 
 def study_row(
@@ -159,6 +160,30 @@ def markdown(study: Mapping[str, Any], reference: str = "mean") -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines + [f"\n- {note}" for note in study["warnings"]])
+
+
+def by_reward_model(study: Mapping[str, Any]) -> str:
+    """What the reward model says of its own policies, which is no measurement: means over the runs of each arm."""
+    worst, mass = f"CVaR {100 * study['cvar_alpha']:g} % of readings", f"ratings ≤ {study['rating_threshold']:g}"
+    lines = [f"| arm | runs | mean rating | {worst} | {mass} |", "|---|---|---|---|---|"]
+    for arm in dict.fromkeys(row["arm"] for row in study["rows"]):
+        runs = [row["reward_model"] for row in study["rows"] if row["arm"] == arm]
+        mean, cvar, share = (np.mean([run[key] for run in runs]) for key in ("mean", "reading_cvar", "rating_mass"))
+        lines.append(f"| {arm.replace('_', ' ')} | {len(runs)} | {mean:.2f} | {cvar:.2f} | {100 * share:.1f} % |")
+    return "\n".join(lines)
+
+
+def told(document: str, text: str) -> str:
+    """A document with the text between its two marks, the lines `BEGIN` and `END`.
+
+    Raises:
+        ValueError: It has not each of them once, in this order.
+    """
+    before, begin, rest = document.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"{END}\n")
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"the document needs one line {BEGIN} and one line {END} after it")
+    return f"{before}{begin}{text}\n{end}{after}"
 
 
 def _change(entry: Mapping[str, Any]) -> str:

@@ -36,8 +36,9 @@ continues at its last checkpoint, and seeds come in turn, so that an interrupted
 every piece that is finished, whichever call made it; --kl 2 afterwards evaluates the same trainings at 2 nats (give it
 a --result and a --figure of its own).
 
-Writes benchmarks/results/risk_study.json (its keys: docs/study.md), docs/images/risk_study.png
-and prints tables. Where the KL of two arms differs all the same, beyond their intervals, it is said.
+Writes benchmarks/results/risk_study.json (its keys: docs/study.md), docs/images/risk_study.png, with --document the
+tables into docs/results.md, and prints them. Where the KL of two arms differs all the same, beyond their intervals,
+it is said.
 """
 
 import argparse
@@ -61,7 +62,7 @@ from eval.records import fingerprint, read_jsonl, write_text
 from eval.report import Measurement, PolicyResult
 from eval.study import Run, summary
 from eval.study_figures import save, study_figure
-from eval.study_report import flag_distances, last_values, markdown, study_row
+from eval.study_report import by_reward_model, flag_distances, last_values, markdown, study_row, told
 from eval.tail import Threshold
 from rlhf.durability import newest_sound
 
@@ -367,7 +368,14 @@ class Study:
         result = self.result()
         write_text(self.options.result, json.dumps(result, indent=1, allow_nan=False) + "\n")
         save(study_figure(result["rows"], result["arms"]), self.options.figure)
-        print(f"\n{markdown(result)}\n\n{self.options.result}\n{self.options.figure}", flush=True)
+        if self.options.document is not None:
+            write_text(self.options.document, told(self.options.document.read_text(), tables(result)))
+        print(f"\n{tables(result)}\n\n{self.options.result}\n{self.options.figure}", flush=True)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """What the study found, to read."""
+    return f"{markdown(result)}\n\nBy the reward model itself, which is no measurement:\n\n{by_reward_model(result)}"
 
 
 def has_seed(arm: str, seed: int) -> bool:
@@ -404,6 +412,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/risk_study"), help="Folder of the pieces.")
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/risk_study.json"), help="JSON.")
     parser.add_argument("--figure", type=Path, default=Path("docs/images/risk_study.png"), help="PNG.")
+    parser.add_argument(
+        "--document", type=Path, help="Markdown that gets the tables between its marks. Default: none."
+    )
     parser.add_argument("--ppo", type=Path, default=Path("recipes/smollm2/study.yaml"), help="Settings of ppo.py.")
     parser.add_argument(
         "--evaluation", type=Path, default=Path("recipes/smollm2/study_evaluate.yaml"), help="Of evaluate.py."
@@ -415,6 +426,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name in ("kl", "kl_target"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be above 0 nats, got {getattr(options, name)}")
+    if options.document is not None:
+        try:
+            told(options.document.read_text(), "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--document {options.document}: {error}")
     # The order of ARMS: the constraint needs the mean arm.
     options.arms = [arm for arm in ARMS if arm in options.arms]
     return options

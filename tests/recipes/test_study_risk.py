@@ -13,7 +13,7 @@ from trl import ModelConfig, TrlParser
 
 from eval.records import read_jsonl, write_jsonl
 from eval.study_figures import study_figure
-from eval.study_report import flag_distances, last_values, markdown
+from eval.study_report import BEGIN, END, flag_distances, last_values, markdown
 from rlhf.config import PPOConfig
 from rlhf.durability import flushed_checksums, seal
 
@@ -170,7 +170,34 @@ def test_seeds_come_in_turn_and_the_result_is_whole(models, tmp_path, machine, c
     assert {(e["arm"], e["metric"]) for e in found["bar"]} >= {("constraint", "extremely_negative_rate")}
     printed = capsys.readouterr().out
     assert "| constraint | 1, 2 |" in printed
+    own = [r["reward_model"] for r in found["rows"] if r["arm"] == "mean"]
+    mean, cvar = ((own[0][key] + own[1][key]) / 2 for key in ("mean", "reading_cvar"))
+    assert f"| mean | 2 | {mean:.2f} | {cvar:.2f} | " in printed
     assert matplotlib.image.imread(tmp_path / "f.png").std() > 0.01
+
+
+def test_the_tables_go_between_the_marks_of_a_document(models, tmp_path, machine, capsys):
+    document = tmp_path / "results.md"
+    document.write_text(f"before\n{BEGIN}\nan older table\n{END}\nafter\n")
+    run(models, tmp_path, "--arms", "mean", "--seeds", 1, "--document", document)
+    first, *tables, last = document.read_text().split("\n")[:-1]
+    assert (first, last) == ("before", "after")
+    assert (tables.pop(0), tables.pop()) == (BEGIN, END)
+    assert "an older table" not in tables
+    assert "\n".join(tables) in capsys.readouterr().out
+    assert markdown(result_of(tmp_path)) in "\n".join(tables)
+    again = document.read_text()
+    run(models, tmp_path, "--arms", "mean", "--seeds", 1, "--document", document)
+    assert document.read_text() == again
+
+
+@pytest.mark.parametrize("text", ["", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{BEGIN}\n{END}\n", f"{BEGIN}\n{END}\n{END}\n"])
+def test_a_document_without_its_marks_is_refused_before_any_work(models, tmp_path, machine, text, capsys):
+    (tmp_path / "results.md").write_text(text)
+    with pytest.raises(SystemExit):
+        run(models, tmp_path, "--arms", "mean", "--document", tmp_path / "results.md")
+    assert "needs one line" in capsys.readouterr().err
+    assert machine.calls == []
 
 
 def test_finished_pieces_are_kept_and_pieces_add_up(models, tmp_path, machine):
