@@ -61,6 +61,6 @@ def of_seed(seed: int, policy: Path, threshold: float) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Of the study's trainings.")
-    parser.add_argument("--kl", type=float, default=3.0, help="KL of the policies, as of the study. Default: 3.")
+    parser.add_argument("--kl", type=float, default=2.0, help="KL of the policies, as of the study. Default: 2.")
     options = parser.parse_args()
     main(options.seeds, options.kl)

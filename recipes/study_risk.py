@@ -33,7 +33,7 @@ extremely negative at or below the base's own 5 % quantile, frozen before any ar
 
 Pieces (a training, a rescaling, an evaluation, a selection) that are complete are kept, an interrupted training
 continues at its last checkpoint, and seeds come in turn, so that an interrupted study is balanced. The result holds
-every piece that is finished, whichever call made it; --kl 2 afterwards evaluates the same trainings at 2 nats (give it
+every piece that is finished, whichever call made it; --kl 1 afterwards evaluates the same trainings at 1 nat (give it
 a --result and a --figure of its own).
 
 Writes benchmarks/results/risk_study.json (its keys: docs/study.md), docs/images/risk_study.png, with --document the
@@ -405,7 +405,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(ALL_SEEDS), help="Of the trainings: 1 2 3.")
     parser.add_argument("--rollouts", type=int, default=20, help="Of each training. Default: 20.")
     parser.add_argument("--kl_target", type=float, default=4.0, help="Nats per completion, of training. Default: 4.")
-    parser.add_argument("--kl", type=float, default=3.0, help="Nats at which arms are compared. Default: 3.")
+    parser.add_argument("--kl", type=float, default=2.0, help="Nats at which arms are compared. Default: 2.")
     parser.add_argument("--prompts", type=int, default=288, help="Held-out prompts. Default: 288.")
     parser.add_argument("--num_samples", type=int, default=4, help="Completions of each. Default: 4.")
     parser.add_argument("--constraint_bound", type=float, help="C of the constraint. Default: read off the mean arm.")

@@ -218,8 +218,8 @@ def test_the_same_trainings_are_compared_at_another_kl(models, tmp_path, machine
     run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 1)
     done = len(machine.calls)
     evaluated = [call for call in machine.calls if call[0] == "recipes/evaluate.py"][1]
-    assert evaluated[evaluated.index("--policies") + 1] == f"mean-1={tmp_path}/runs/rescaled/mean-1/kl-3"
-    assert result_of(tmp_path)["kl"] == 3
+    assert evaluated[evaluated.index("--policies") + 1] == f"mean-1={tmp_path}/runs/rescaled/mean-1/kl-2"
+    assert result_of(tmp_path)["kl"] == 2
     run(models, tmp_path, "--arms", "mean", "best_of_4_mean", "--seeds", 1, "--kl", 0.5)
     again = machine.calls[done:]
     assert [call[0] for call in again] == ["recipes/rescale_adapter.py", "recipes/evaluate.py"]
