@@ -2,7 +2,7 @@
 
     python benchmarks/selection_on_top.py       # after `make study-risk`; half an hour on 2 cores with bfloat16
 
-The mean arm of the study (runs/risk_study), one policy per seed at one KL to the base, answers 288 held-out prompts 32
+The mean arm of the study (runs/risk_study), one policy per seed at one KL to the base, answers 288 held-out prompts 16
 times each; the best policies at 1 and 2 nats from it, under several measures, are read off these answers by the
 quickstart's reward model and rated by its judge (recipes/compare_risk.py). An answer is extremely negative at or below
 the study's threshold, the base's own 5 % quantile. What is complete under runs/benchmarks/selection_on_top is kept.
@@ -14,11 +14,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from best_policies import JUDGE, POLICY, PROMPTS, REWARD_MODEL, SAMPLES, run
+from best_policies import JUDGE, POLICY, PROMPTS, REWARD_MODEL, run
 from measuring import hardware, write_result
 
 RUNS = Path("runs/benchmarks/selection_on_top")
 STUDY = Path("runs/risk_study")
+SAMPLES = 16
 KLS = ("1", "2")
 RISKS = ("cvar:0.1", "population:cvar:0.5", "population:0.5*mean+0.5*cvar:0.1", "population:0.5*mean+0.5*cvar:0.25")
 KEPT = ("prompts", "n", "rating_threshold", "threshold", "tilts")
