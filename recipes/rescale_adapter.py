@@ -90,6 +90,8 @@ def load_prompts(args: RescaleArguments) -> Dataset:
     if column_split is not None:
         rows = rows.filter(lambda row: row["split"] == column_split)
     check_prompts(rows, args.dataset_name)
+    if len(rows) < 2:
+        raise ValueError(f"{args.dataset_name} has one prompt; a KL with its error takes two or more.")
     return as_prompt_dataset(list(rows["prompt"])[: args.max_prompts])
 
 

@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
     tiny_tokenizer().save_pretrained(path / "base")
     save_adapter(path / "adapter", path / "base")
     tiny_prompts().save_to_disk(path / "prompts")
+    tiny_prompts().select(range(1)).save_to_disk(path / "one")
     return path
 
 
@@ -192,12 +193,13 @@ def test_the_recipe_brings_an_adapter_to_each_kl(folder, tmp_path, capsys):
         ((), "--kl is required"),
         (("--kl", "0"), "--kl must be above 0 nats, got 0"),
         (("--kl", "1", "--tolerance", "1"), "--tolerance lies in"),
+        (("--kl", "1", "--dataset_name", "ONE"), "has one prompt"),
         (("--kl", "1", "--policy", "BASE"), "no folder with an adapter"),
         (("--kl", "1", "--dataset_name", "nowhere/at/all"), "nowhere/at/all"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_generated(folder, tmp_path, flags, message):
-    flags = [folder / "base" if flag == "BASE" else flag for flag in flags]
+    flags = [{"BASE": folder / "base", "ONE": folder / "one"}.get(flag, flag) for flag in flags]
     with pytest.raises(SystemExit, match=message):
         run(folder, tmp_path, *flags)
     assert list(tmp_path.iterdir()) == []
